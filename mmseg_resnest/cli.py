@@ -1,0 +1,124 @@
+"""What the command lines share: options, configs, and errors that a reader can act on."""
+
+import argparse
+import difflib
+import inspect
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+from mmengine.config import Config, DictAction
+from mmengine.runner import Runner
+
+from mmseg_resnest.datasets import set_data_root
+
+
+class UsageError(Exception):
+    """A command line that cannot be carried out as given: exit code 2."""
+
+
+class _Override(DictAction):
+    """MMEngine's ``KEY=VALUE`` options, whose mistakes are usage errors."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: list, *args) -> None:
+        try:
+            super().__call__(parser, namespace, values, *args)
+        except (ValueError, AssertionError) as error:
+            raise argparse.ArgumentError(self, f'expected KEY=VALUE; got {" ".join(values)}') from error
+
+
+def make_parser(description: str) -> argparse.ArgumentParser:
+    """Returns a parser with the options that every tool has for its config."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('config', help='config file, as configs/deeplabv3_resnest101_ade20k.py')
+    parser.add_argument('--work-dir', metavar='DIR', help='logs and checkpoints go here (default: work_dirs/CONFIG)')
+    parser.add_argument('--data-root', metavar='DIR', help='where the data set is, if not where the config says')
+    parser.add_argument(
+        '--cfg-options',
+        nargs='+',
+        action=_Override,
+        default={},
+        metavar='KEY=VALUE',
+        help='override settings of the config, as train_dataloader.batch_size=4 model.backbone.init_cfg=None',
+    )
+    parser.add_argument('--debug', action='store_true', help='show the stack trace of an error')
+    return parser
+
+
+def run(command: Callable[[argparse.Namespace], None], parser: argparse.ArgumentParser) -> None:
+    """Runs a command and turns an exception into one message: exit code 2 for usage errors, 1 for the rest."""
+    args = parser.parse_args()
+    try:
+        command(args)
+    except Exception as error:
+        if args.debug:
+            traceback.print_exc()
+        else:
+            hint = '' if isinstance(error, UsageError) else '\n(--debug shows where this happened.)'
+            print(f'{parser.prog}: error: {_message(error)}{hint}', file=sys.stderr)
+        sys.exit(2 if isinstance(error, UsageError) else 1)
+
+
+def _message(error: Exception) -> str:
+    text = str(error).strip()
+    if 'Original Traceback' in text:  # from a worker of a data loader: its last line is the message
+        return text.splitlines()[-1]
+    name = '' if isinstance(error, UsageError | ValueError | FileNotFoundError) else f'{type(error).__name__}: '
+    return name + (text or type(error).__name__)
+
+
+def load_config(args: argparse.Namespace, loader: str) -> Config:
+    """Reads the config that the command line names and applies its common options.
+
+    Args:
+        args: The command line.
+        loader: The data loader that the command uses, as ``'train_dataloader'``.
+
+    Raises:
+        UsageError: There is no such file, it is no whole config, or an option overrides what is not there.
+    """
+    path = Path(args.config)
+    if not path.is_file():
+        known = {p.name: p for p in [*path.parent.glob('*.py'), *Path('configs').glob('*.py')]}
+        close = difflib.get_close_matches(path.name, known, n=3)
+        hint = f'; did you mean {", ".join(str(known[name]) for name in close)}?' if close else ''
+        raise UsageError(f'{path}: there is no such config file{hint}')
+    try:
+        cfg = Config.fromfile(path)
+    except Exception as error:
+        raise UsageError(f'{path}: not a valid config: {error}') from error
+    _override(cfg, args.cfg_options)
+    for key in ('model', loader):
+        if not cfg.get(key):
+            raise UsageError(f'{path}: the config has no {key}; give one of configs/, or inherit one')
+    if args.data_root:
+        set_data_root(cfg, args.data_root)
+    cfg.work_dir = args.work_dir or cfg.get('work_dir') or f'work_dirs/{path.stem}'
+    return cfg
+
+
+def _override(cfg: Config, overrides: dict) -> None:
+    """Sets the overrides; one of a name that nobody reads would be lost without a word."""
+    known = [*cfg.keys(), *inspect.signature(Runner).parameters, 'sync_bn']
+    for key, value in overrides.items():
+        name = key.split('.')[0]
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f'did you mean {close[0]}?' if close else f'the config has {", ".join(cfg.keys())}'
+            raise UsageError(f'--cfg-options {key}: the config has no {name}; {hint}')
+        try:
+            cfg.merge_from_dict({key: value})
+        except (KeyError, TypeError) as error:
+            raise UsageError(f'--cfg-options {key}: the config has no such place, or not of that kind') from error
+
+
+def existing_file(path: str, what: str) -> str:
+    """Returns ``path`` if it is a file.
+
+    Raises:
+        UsageError: It is not.
+    """
+    if not Path(path).is_file():
+        raise UsageError(f'{path}: there is no such {what}')
+    return path

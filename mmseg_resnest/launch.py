@@ -1,0 +1,47 @@
+"""How the processes of a run find one another: plain ``python``, ``torchrun`` or ``srun``, on GPUs or CPUs."""
+
+import os
+import subprocess
+
+import torch
+import torch.distributed
+from mmengine.config import Config
+
+
+def detect_launcher() -> str:
+    """Returns who started this process: ``'torchrun'``, ``'srun'`` (with several tasks) or ``'python'``."""
+    if {'RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'MASTER_ADDR', 'MASTER_PORT'} <= os.environ.keys():
+        return 'torchrun'
+    # Set by srun for each step, not by sbatch: a plain `python` inside a batch script stays one process.
+    if int(os.environ.get('SLURM_STEP_NUM_TASKS', 1)) > 1:
+        return 'srun'
+    return 'python'
+
+
+def set_launcher(cfg: Config) -> None:
+    """Makes the config fit the launcher; on CPUs it starts gloo, which MMEngine's own start-up cannot."""
+    launcher = detect_launcher()
+    if launcher == 'srun':
+        _export_slurm()
+    cfg.launcher = 'none' if launcher == 'python' else 'pytorch'
+    if cfg.launcher == 'pytorch' and not torch.cuda.is_available():
+        cfg.sync_bn = None  # torch's SyncBatchNorm is for GPUs
+        cfg.model_wrapper_cfg = dict(type='MMDistributedDataParallel', device_ids=None, broadcast_buffers=False)
+        if not torch.distributed.is_initialized():
+            torch.distributed.init_process_group('gloo')
+
+
+def _export_slurm() -> None:
+    """Translates srun's environment variables to those of torch.distributed; what is set already stays."""
+    slurm = os.environ
+    if slurm.get('SLURM_STEP_NUM_NODES', '1') == '1':
+        address = '127.0.0.1'
+    else:
+        command = ['scontrol', 'show', 'hostnames', slurm['SLURM_STEP_NODELIST']]
+        address = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[0]
+    os.environ['RANK'] = slurm['SLURM_PROCID']
+    os.environ['LOCAL_RANK'] = slurm['SLURM_LOCALID']
+    os.environ['WORLD_SIZE'] = slurm['SLURM_STEP_NUM_TASKS']
+    os.environ.setdefault('MASTER_ADDR', address)
+    # Jobs that share a node must not share a port.
+    os.environ.setdefault('MASTER_PORT', str(20000 + int(slurm.get('SLURM_JOB_ID', 0)) % 10000))

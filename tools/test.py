@@ -1,0 +1,82 @@
+"""Evaluate a checkpoint: mIoU, mAcc, aAcc, and a table of the classes.
+
+  python tools/test.py configs/deeplabv3_resnest101_ade20k.py CHECKPOINT
+  python tools/test.py CONFIG CHECKPOINT --tta --json result.json --out predictions/
+  torchrun --nproc-per-node 4 tools/test.py CONFIG CHECKPOINT
+
+The launcher is detected; a GPU is used where there is one.
+"""
+
+import argparse
+import json
+import math
+from pathlib import Path
+
+from mmengine.config import Config
+from mmengine.model import is_model_wrapper
+from mmengine.runner import Runner
+
+from mmseg_resnest import cli, launch
+from mmseg_resnest.checkpoints import load_strictly, model_weights, read_checkpoint
+from mmseg_resnest.datasets import check_folders
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Returns the tool's options."""
+    parser = cli.make_parser(__doc__)
+    parser.add_argument('checkpoint', help='checkpoint file of tools/train.py')
+    parser.add_argument('--tta', action='store_true', help="multi-scale and flip: the config's tta_pipeline")
+    parser.add_argument('--out', metavar='DIR', help='write the predicted label maps there, as PNG')
+    parser.add_argument('--show-dir', metavar='DIR', help='write pictures of truth and prediction there')
+    parser.add_argument('--json', metavar='FILE', type=Path, help='write the figures there, those of each class too')
+    return parser
+
+
+def configure(cfg: Config, args: argparse.Namespace) -> None:
+    """Sets what the command line asks of the test."""
+    if args.tta:
+        if 'tta_pipeline' not in cfg or 'tta_model' not in cfg:
+            raise cli.UsageError(f'--tta: {args.config} has no tta_pipeline and tta_model')
+        cfg.test_dataloader.dataset.pipeline = cfg.tta_pipeline
+        cfg.model = dict(**cfg.tta_model, module=cfg.model)
+    if args.out:
+        cfg.test_evaluator.output_dir = args.out
+    if args.show_dir:
+        cfg.visualizer.save_dir = args.show_dir
+        cfg.default_hooks.visualization.draw = True
+
+
+def test(args: argparse.Namespace) -> None:
+    """Builds the runner that the command line asks for, loads the checkpoint strictly and tests."""
+    cfg = cli.load_config(args, 'test_dataloader')
+    cli.existing_file(args.checkpoint, 'checkpoint')
+    check_folders('test_dataloader', cfg.test_dataloader.dataset)
+    configure(cfg, args)
+    cfg.load_from = None
+    launch.set_launcher(cfg)
+    runner = Runner.from_cfg(cfg)
+    model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+    model = model.module if args.tta else model
+    load_strictly(model, model_weights(read_checkpoint(args.checkpoint)), args.checkpoint)
+    metrics = runner.test()
+    if runner.rank == 0:
+        report(metrics, runner, args)
+
+
+def report(metrics: dict, runner: Runner, args: argparse.Namespace) -> None:
+    """Prints the figures, and writes them to ``--json``."""
+    figures = {name: float(metrics[name]) for name in ('mIoU', 'mAcc', 'aAcc')}
+    print('  '.join(f'{name} {value:.2f}' for name, value in figures.items()))
+    if args.json:
+        per_class = getattr(runner.test_evaluator.metrics[0], 'per_class', {})
+        classes = {  # JSON has no nan: a class that does not occur gets null
+            name: {metric: None if math.isnan(value) else value for metric, value in values.items()}
+            for name, values in per_class.items()
+        }
+        content = dict(figures, classes=classes, config=args.config, checkpoint=args.checkpoint, tta=args.tta)
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(content, indent=1) + '\n')
+
+
+if __name__ == '__main__':
+    cli.run(test, make_parser())
