@@ -1,0 +1,41 @@
+"""DeepLabV3 (Chen et al. 2017) as OpenMMLab builds it, on ResNeSt at output stride 8, with an auxiliary FCN head."""
+
+model = dict(
+    type='EncoderDecoder',
+    data_preprocessor=dict(
+        type='SegDataPreProcessor',
+        mean=[123.675, 116.28, 103.53],
+        std=[58.395, 57.12, 57.375],
+        bgr_to_rgb=True,
+        pad_val=0,
+        seg_pad_val=255,
+    ),
+    backbone=dict(type='mmseg_resnest.ResNeSt', depth=50, output_stride=8, norm_cfg=dict(type='BN')),
+    decode_head=dict(
+        type='ASPPHead',
+        dilations=(1, 12, 24, 36),
+        in_channels=2048,
+        in_index=3,
+        channels=512,
+        dropout_ratio=0.1,
+        num_classes=19,
+        norm_cfg=dict(type='BN'),
+        align_corners=False,
+        loss_decode=dict(type='CrossEntropyLoss', loss_weight=1.0),
+    ),
+    auxiliary_head=dict(
+        type='FCNHead',
+        num_convs=1,
+        concat_input=False,
+        in_channels=1024,
+        in_index=2,
+        channels=256,
+        dropout_ratio=0.1,
+        num_classes=19,
+        norm_cfg=dict(type='BN'),
+        align_corners=False,
+        loss_decode=dict(type='CrossEntropyLoss', loss_weight=0.4),
+    ),
+    train_cfg=dict(),
+    test_cfg=dict(mode='whole'),
+)

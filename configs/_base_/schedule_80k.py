@@ -1,0 +1,11 @@
+"""OpenMMLab's schedule: SGD, 80k iterations, polynomial decay to a floor of 1e-4, evaluation every 8000."""
+
+optim_wrapper = dict(
+    type='mmseg_resnest.AutocastOptimWrapper',
+    dtype='bfloat16',
+    optimizer=dict(type='SGD', lr=0.01, momentum=0.9, weight_decay=5e-4),
+)
+param_scheduler = [dict(type='PolyLR', power=0.9, eta_min=1e-4, begin=0, end=80000, by_epoch=False)]
+train_cfg = dict(type='IterBasedTrainLoop', max_iters=80000, val_interval=8000)
+val_cfg = dict(type='ValLoop')
+test_cfg = dict(type='TestLoop')

@@ -1,0 +1,19 @@
+"""DeepLabV3+ with ResNeSt-50 on Cityscapes: 512x1024, batch 8, 80k iterations (OpenMMLab's recipe).
+
+    python tools/train.py configs/deeplabv3plus_resnest50_cityscapes.py
+    python tools/test.py configs/deeplabv3plus_resnest50_cityscapes.py CHECKPOINT [--tta]
+
+The batch size is a process's: on N GPUs give train_dataloader.batch_size=8/N with --cfg-options.
+GPU hours: not measured.
+Published: nothing for this depth and recipe.
+"""
+
+_base_ = ['_base_/deeplabv3plus.py', '_base_/cityscapes.py', '_base_/schedule_80k.py', '_base_/runtime.py']
+
+model = dict(
+    data_preprocessor=dict(size=(512, 1024)),
+    backbone=dict(depth=50, init_cfg=dict(type='Pretrained', checkpoint='resnest://resnest50')),
+    decode_head=dict(num_classes=19),
+    auxiliary_head=dict(num_classes=19),
+)
+train_dataloader = dict(batch_size=8)

@@ -1,0 +1,19 @@
+"""PSPNet with ResNeSt-269 on Cityscapes: 512x1024, batch 8, 80k iterations (OpenMMLab's recipe).
+
+    python tools/train.py configs/pspnet_resnest269_cityscapes.py
+    python tools/test.py configs/pspnet_resnest269_cityscapes.py CHECKPOINT [--tta]
+
+The batch size is a process's: on N GPUs give train_dataloader.batch_size=8/N with --cfg-options.
+GPU hours: not measured.
+Published: nothing for this depth and recipe.
+"""
+
+_base_ = ['_base_/pspnet.py', '_base_/cityscapes.py', '_base_/schedule_80k.py', '_base_/runtime.py']
+
+model = dict(
+    data_preprocessor=dict(size=(512, 1024)),
+    backbone=dict(depth=269, init_cfg=dict(type='Pretrained', checkpoint='resnest://resnest269')),
+    decode_head=dict(num_classes=19),
+    auxiliary_head=dict(num_classes=19),
+)
+train_dataloader = dict(batch_size=8)

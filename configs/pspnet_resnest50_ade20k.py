@@ -1,0 +1,19 @@
+"""PSPNet with ResNeSt-50 on ADE20K: 512x512, batch 16, 160k iterations (OpenMMLab's recipe).
+
+    python tools/train.py configs/pspnet_resnest50_ade20k.py
+    python tools/test.py configs/pspnet_resnest50_ade20k.py CHECKPOINT [--tta]
+
+The batch size is a process's: on N GPUs give train_dataloader.batch_size=16/N with --cfg-options.
+GPU hours: not measured.
+Published: nothing for this depth and recipe.
+"""
+
+_base_ = ['_base_/pspnet.py', '_base_/ade20k.py', '_base_/schedule_160k.py', '_base_/runtime.py']
+
+model = dict(
+    data_preprocessor=dict(size=(512, 512)),
+    backbone=dict(depth=50, init_cfg=dict(type='Pretrained', checkpoint='resnest://resnest50')),
+    decode_head=dict(num_classes=150),
+    auxiliary_head=dict(num_classes=150),
+)
+train_dataloader = dict(batch_size=16)
