@@ -49,7 +49,7 @@ def benchmark_training(cfg: Config, steps: int, device: str) -> dict[str, float]
     optim_wrapper = build_optim_wrapper(model, cfg.optim_wrapper)
     batch = make_batch(cfg, device)
     seconds = []
-    for step in range(-5, steps):
+    for step in range(-3, steps):
         if step == 0 and device == 'cuda':
             torch.cuda.reset_peak_memory_stats()
         start = time.perf_counter()
@@ -68,7 +68,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('task', choices=['train'])
     parser.add_argument('configs', nargs='+', type=Path, metavar='CONFIG')
-    parser.add_argument('--steps', type=int, default=10, help='measured steps, after five others (default: 10)')
+    parser.add_argument('--steps', type=int, default=10, help='measured steps, after three others (default: 10)')
     parser.add_argument('--json', type=Path, metavar='FILE', help='write the figures there')
     parser.add_argument('--cfg-options', nargs='+', action=DictAction, default={}, metavar='KEY=VALUE')
     args = parser.parse_args()
