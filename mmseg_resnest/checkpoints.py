@@ -175,20 +175,22 @@ def load_strictly(module: nn.Module, weights: Mapping[str, Tensor], source: str)
     module.load_state_dict(weights)
 
 
-def load_pretrained_backbone(backbone: nn.Module, checkpoint: str, prefix: str = '', map_location: str = 'cpu') -> None:
+def load_pretrained_backbone(
+    backbone: nn.Module, checkpoint: str, prefix: str | None = None, map_location: str = 'cpu'
+) -> None:
     """Loads pretrained weights into a backbone strictly; a classifier's ``fc.*`` in the file is dropped and said.
 
     Args:
         backbone: The module to fill.
         checkpoint: ``resnest://NAME``, a file, or anything else that MMEngine's CheckpointLoader takes.
-        prefix: The keys' prefix where the file holds a larger model, as ``'backbone.'``.
+        prefix: The backbone's name where the file holds a larger model, as ``'backbone'``.
         map_location: Where the tensors are put first.
     """
     if '://' in checkpoint:
         content = CheckpointLoader.load_checkpoint(checkpoint, map_location, logger='current')
     else:
         content = read_checkpoint(checkpoint, map_location)
-    weights = model_weights(content, prefix)
+    weights = model_weights(content, f'{prefix.rstrip(".")}.' if prefix else '')
     classifier = [key for key in weights if key.startswith('fc.')]
     for key in classifier:
         del weights[key]

@@ -57,6 +57,11 @@ class SplitAttentionConv2d(nn.Module):
     def __init__(self, channels: int, radix: int, groups: int, stride: int, dilation: int, norm: Norm) -> None:
         super().__init__()
         attention_channels = max(channels * radix // 4, 32)
+        if channels % (groups * radix) or attention_channels % groups:
+            raise ValueError(
+                f'ResNeSt: radix={radix} and groups={groups} do not divide a stage of {channels} channels, '
+                f'{attention_channels} in its attention; another base_width makes it other ones'
+            )
         self.radix = radix
         self.groups = groups
         self.conv = nn.Conv2d(

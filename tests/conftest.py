@@ -1,0 +1,17 @@
+"""What every test starts from."""
+
+import os
+
+import pytest
+
+# Read when torch is imported. On the tests' small tensors threads wait for one another more than they compute.
+os.environ.setdefault('OMP_NUM_THREADS', '1')
+
+
+@pytest.fixture(autouse=True)
+def default_scope():
+    """MMEngine's default scope is mmseg, as in the configs; a Runner changes it for good, here until the test ends."""
+    from mmengine.registry import DefaultScope  # imports torch
+
+    with DefaultScope.overwrite_default_scope('mmseg'):
+        yield

@@ -1,0 +1,203 @@
+"""The optimiser wrapper: what it computes in, and that its steps are the optimiser's."""
+
+import copy
+
+import pytest
+import torch
+from mmengine.optim import OptimWrapper
+from torch import nn
+
+from mmseg_resnest.optim import AutocastOptimWrapper
+
+LEARNING_RATE = 1.0
+
+
+class Network(nn.Module):
+    """Two layers that remember what number format they ran in."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(4, 8)
+        self.second = nn.Linear(8, 1)
+        self.dtype = None
+
+    def forward(self, x):
+        hidden = self.first(x)
+        self.dtype = hidden.dtype
+        return self.second(hidden.relu()).float()
+
+
+def make(optimizer='SGD', wrapper=AutocastOptimWrapper, groups=1, device='cpu', **options):
+    torch.manual_seed(0)
+    network = Network().to(device)
+    parameters = network.parameters() if groups == 1 else [dict(params=[p]) for p in network.parameters()]
+    settings = dict(lr=LEARNING_RATE, momentum=0.9) if optimizer == 'SGD' else dict(lr=0.01)
+    return network, wrapper(optimizer=getattr(torch.optim, optimizer)(parameters, **settings), **options)
+
+
+def batches(count, device='cpu'):
+    torch.manual_seed(1)
+    return [torch.randn(16, 4, device=device) for _ in range(count)]
+
+
+def loss_of(network, x):
+    """A hundredth of the mean squared error: small, so that its first scale does not overflow float16."""
+    return (network(x) - x.sum(1, keepdim=True)).square().mean() / 100
+
+
+def train(network, wrapper, data):
+    losses = []
+    for x in data:
+        with wrapper.optim_context(network):
+            loss = loss_of(network, x)
+        wrapper.update_params(loss)
+        losses.append(loss.item())
+    return losses
+
+
+def assert_same_parameters(network, other, **tolerance):
+    for a, b in zip(network.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(a, b, **tolerance)
+
+
+@pytest.mark.parametrize('dtype', ['bfloat16', 'float16', 'float32'])
+def test_cpu_computes_in_float32_exactly_as_the_stock_wrapper(dtype):
+    network, wrapper = make(dtype=dtype)
+    stock_network, stock = make(wrapper=OptimWrapper)
+    losses = train(network, wrapper, batches(3))
+    assert network.dtype == torch.float32
+    assert losses == train(stock_network, stock, batches(3))
+    assert_same_parameters(network, stock_network, rtol=0, atol=0)
+
+
+def test_default_is_bfloat16():
+    _, wrapper = make()
+    assert wrapper.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize('dtype', ['bfloat16', 'float16', 'float32'])
+def test_autocast_on_a_cpu_when_asked(dtype, recwarn):
+    network, wrapper = make(dtype=dtype, autocast_cpu=True)
+    reference, stock = make(wrapper=OptimWrapper)
+    losses = train(network, wrapper, batches(20))
+    assert network.dtype == getattr(torch, dtype)
+    assert {p.dtype for p in network.parameters()} == {torch.float32}
+    assert losses[-1] < 0.2 * losses[0]
+    exact = train(reference, stock, batches(20))
+    assert losses == pytest.approx(exact, rel=0.1)
+    assert (losses == exact) == (dtype == 'float32')
+    assert not [w for w in recwarn if 'autocast' in str(w.message)]
+    # Outside of the context nothing is cast.
+    network(batches(1)[0])
+    assert network.dtype == torch.float32
+
+
+def test_only_float16_scales_the_loss():
+    scales = {}
+    for dtype in ('bfloat16', 'float16', 'float32'):
+        network, wrapper = make(dtype=dtype, autocast_cpu=True)
+        with wrapper.optim_context(network):
+            loss = loss_of(network, batches(1)[0])
+        wrapper.backward(loss)
+        exact = copy.deepcopy(network)
+        exact.zero_grad()
+        loss_of(exact, batches(1)[0]).backward()
+        scales[dtype] = (network.second.bias.grad / exact.second.bias.grad).item()
+    assert scales == pytest.approx({'bfloat16': 1, 'float16': 2**16, 'float32': 1}, rel=0.05)
+
+
+def test_float16_skips_a_step_that_overflows():
+    network, wrapper = make(dtype='float16', autocast_cpu=True)
+    before = copy.deepcopy(network)
+    wrapper.update_params(loss_of(network, batches(1)[0] * 1e20))
+    assert_same_parameters(network, before, rtol=0, atol=0)
+    assert wrapper.loss_scaler.get_scale() == 2**15
+    train(network, wrapper, batches(1))
+    assert not torch.equal(network.second.weight, before.second.weight)
+
+
+@pytest.mark.parametrize('dtype', ['bfloat16', 'float16', 'float32'])
+def test_accumulation_equals_one_large_batch(dtype):
+    network, wrapper = make(dtype=dtype, accumulative_counts=2)
+    large_network, large = make(dtype=dtype)
+    x, y = batches(2)
+    train(network, wrapper, [x])
+    assert_same_parameters(network, large_network, rtol=0, atol=0)
+    train(network, wrapper, [y])
+    train(large_network, large, [torch.cat([x, y])])
+    assert_same_parameters(network, large_network, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize('dtype', ['float16', 'float32'])
+def test_gradients_are_clipped_unscaled(dtype):
+    network, wrapper = make(dtype=dtype, autocast_cpu=True, clip_grad=dict(max_norm=0.001))
+    before = copy.deepcopy(network)
+    train(network, wrapper, batches(1))
+    pairs = zip(network.parameters(), before.parameters(), strict=True)
+    change = torch.cat([(a - b).flatten() for a, b in pairs]).norm()
+    assert change.item() == pytest.approx(LEARNING_RATE * 0.001, rel=1e-3)
+    logged = wrapper.message_hub.get_scalar('train/grad_norm').current()
+    assert logged > 0.001
+
+
+@pytest.mark.parametrize('groups', [1, 4])
+@pytest.mark.parametrize('dtype', ['bfloat16', 'float16', 'float32'])
+def test_state_goes_through_a_checkpoint(tmp_path, dtype, groups):
+    network, wrapper = make('Adam', dtype=dtype, autocast_cpu=True, groups=groups)
+    train(network, wrapper, batches(3))
+    if dtype == 'float16':
+        wrapper.loss_scaler.update(2.0**7)
+    torch.save(dict(model=network.state_dict(), optimizer=wrapper.state_dict()), tmp_path / 'checkpoint.pth')
+    checkpoint = torch.load(tmp_path / 'checkpoint.pth', weights_only=True)
+    assert ('loss_scaler' in checkpoint['optimizer']) == (dtype == 'float16')
+    resumed_network, resumed = make('Adam', dtype=dtype, autocast_cpu=True, groups=groups)
+    resumed_network.load_state_dict(checkpoint['model'])
+    resumed.load_state_dict(checkpoint['optimizer'])
+    assert resumed.loss_scaler.get_scale() == (2**7 if dtype == 'float16' else 1)
+    assert train(resumed_network, resumed, batches(3)) == train(network, wrapper, batches(3))
+    assert_same_parameters(resumed_network, network, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize('dtype', ['bfloat16', 'float16'])
+def test_state_of_the_stock_wrapper_and_back(dtype):
+    network, stock = make('Adam', wrapper=OptimWrapper)
+    train(network, stock, batches(3))
+    ours = copy.deepcopy(network)
+    wrapper = AutocastOptimWrapper(optimizer=torch.optim.Adam(ours.parameters(), lr=0.01), dtype=dtype)
+    wrapper.load_state_dict(copy.deepcopy(stock.state_dict()))
+    assert train(ours, wrapper, batches(2)) == train(network, stock, batches(2))
+    back = copy.deepcopy(ours)
+    stock = OptimWrapper(optimizer=torch.optim.Adam(back.parameters(), lr=0.01))
+    stock.load_state_dict(copy.deepcopy(wrapper.state_dict()))
+    assert train(back, stock, batches(2)) == train(ours, wrapper, batches(2))
+
+
+@pytest.mark.parametrize(('saved', 'resumed'), [('float16', 'bfloat16'), ('bfloat16', 'float16')])
+def test_state_of_another_number_format(saved, resumed):
+    network, wrapper = make(dtype=saved, autocast_cpu=True)
+    train(network, wrapper, batches(3))
+    _, other = make(dtype=resumed, autocast_cpu=True)
+    other.load_state_dict(copy.deepcopy(wrapper.state_dict()))
+    (momenta, expected) = ([s['momentum_buffer'] for s in w.optimizer.state.values()] for w in (other, wrapper))
+    assert len(momenta) == 4
+    assert all(torch.equal(a, b) for a, b in zip(momenta, expected, strict=True))
+    assert other.loss_scaler.get_scale() == (2**16 if resumed == 'float16' else 1)
+
+
+def test_unknown_dtype():
+    with pytest.raises(ValueError) as error:
+        make(dtype='fp16')
+    assert str(error.value) == "AutocastOptimWrapper: dtype='fp16'; expected one of bfloat16, float16, float32"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize('dtype', ['bfloat16', 'float16', 'float32'])
+def test_autocast_on_a_gpu_unasked(dtype):
+    network, wrapper = make(dtype=dtype, device='cuda', clip_grad=dict(max_norm=10))
+    losses = train(network, wrapper, batches(20, 'cuda'))
+    assert network.dtype == getattr(torch, dtype)
+    assert {p.dtype for p in network.parameters()} == {torch.float32}
+    assert losses[-1] < 0.2 * losses[0]
+    state = copy.deepcopy(wrapper.state_dict())
+    assert ('loss_scaler' in state) == (dtype == 'float16')
+    wrapper.load_state_dict(state)
