@@ -50,6 +50,8 @@ def check_resumable(runner: Runner, path: str) -> None:
     missing = {'meta', 'optimizer'} - checkpoint.keys()
     if missing:
         raise ValueError(f'{path}: no checkpoint of a training run: it has no {", no ".join(sorted(missing))}')
+    if 'config' in checkpoint['meta']:  # never written by MMEngine, and run by it as Python
+        raise ValueError(f'{path}: its meta.config is code, which MMEngine would run; no training run writes it')
     model = runner.model.module if is_model_wrapper(runner.model) else runner.model
     load_strictly(model, model_weights(checkpoint), path)
 
