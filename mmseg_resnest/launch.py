@@ -41,6 +41,8 @@ def _export_slurm() -> None:
         address = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[0]
     os.environ['RANK'] = slurm['SLURM_PROCID']
     os.environ['LOCAL_RANK'] = slurm['SLURM_LOCALID']
+    if torch.cuda.device_count() == 1:  # --gpus-per-task=1: a task sees its own GPU only, as number 0
+        os.environ['LOCAL_RANK'] = '0'
     os.environ['WORLD_SIZE'] = slurm['SLURM_STEP_NUM_TASKS']
     os.environ.setdefault('MASTER_ADDR', address)
     # Jobs that share a node must not share a port.

@@ -695,12 +695,13 @@ def test_pretrained_weights_are_loaded_and_the_classifier_dropped(tmp_path, form
     assert all(torch.equal(value, file[key]) for key, value in backbone.state_dict().items())
 
 
-def test_pretrained_weights_under_a_prefix(tmp_path):
+@pytest.mark.parametrize('prefix', ['backbone', 'backbone.'])
+def test_pretrained_weights_under_a_prefix(tmp_path, prefix):
     file = {f'backbone.{key}': value for key, value in weights().items()} | {
         'decode_head.conv_seg.bias': torch.zeros(2)
     }
     torch.save(dict(state_dict=file), tmp_path / 'w.pth')
-    backbone = ResNeSt(14, init_cfg=dict(type='Pretrained', checkpoint=str(tmp_path / 'w.pth'), prefix='backbone.'))
+    backbone = ResNeSt(14, init_cfg=dict(type='Pretrained', checkpoint=str(tmp_path / 'w.pth'), prefix=prefix))
     backbone.init_weights()
     assert all(torch.equal(value, file[f'backbone.{key}']) for key, value in backbone.state_dict().items())
 

@@ -1,0 +1,343 @@
+"""Where weights come from, and that nothing is loaded that is damaged, dangerous or does not fit."""
+
+import hashlib
+import pickle
+import re
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from mmengine.dataset import DefaultSampler
+from mmengine.model import BaseModel
+from mmengine.runner import CheckpointLoader, Runner
+from tiny import Payload
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from mmseg_resnest import checkpoints
+from mmseg_resnest.checkpoints import (
+    OFFICIAL,
+    load_pretrained_backbone,
+    load_strictly,
+    model_weights,
+    official_file,
+    read_checkpoint,
+)
+
+# ------------------------------------------------------------------------------------------------- by official name
+
+
+def test_official_names_and_hashes():
+    variants = '1s1x64d 2s1x64d 4s1x64d 1s2x40d 2s2x40d 4s2x40d 1s4x24d'
+    assert list(OFFICIAL) == [f'resnest{depth}' for depth in (50, 101, 200, 269)] + [
+        f'resnest50_fast_{variant}' for variant in variants.split()
+    ]
+    assert all(re.fullmatch('[0-9a-f]{8}', prefix) for prefix in OFFICIAL.values())
+    assert OFFICIAL['resnest101'] == '22405ba7'
+    assert checkpoints.RELEASE == 'https://github.com/zhanghang1989/ResNeSt/releases/download/weights_step1'
+
+
+@pytest.fixture
+def offline(monkeypatch, tmp_path):
+    """An empty cache, no $RESNEST_WEIGHTS, and a release page on a port where nobody answers; yields the cache."""
+    with socket.socket() as closed:
+        closed.bind(('127.0.0.1', 0))
+        port = closed.getsockname()[1]
+    monkeypatch.setattr(checkpoints, 'RELEASE', f'http://127.0.0.1:{port}/weights')
+    monkeypatch.delenv('RESNEST_WEIGHTS', raising=False)
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'torch'))
+    return tmp_path / 'torch' / 'hub' / 'checkpoints'
+
+
+@pytest.fixture
+def small_release(monkeypatch, tmp_path):
+    """Makes a small file pass for resnest50's; yields its bytes and its name."""
+    torch.save({'a': torch.tensor([1.0, 2.0])}, tmp_path / 'small.pth')
+    content = (tmp_path / 'small.pth').read_bytes()
+    prefix = hashlib.sha256(content).hexdigest()[:8]
+    monkeypatch.setitem(OFFICIAL, 'resnest50', prefix)
+    return content, f'resnest50-{prefix}.pth'
+
+
+def put(folder, name, content):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_bytes(content)
+    return folder / name
+
+
+def test_file_in_the_cache_is_found(offline, small_release):
+    content, name = small_release
+    path = put(offline, name, content)
+    assert official_file('resnest50') == path
+    for spelling in (CheckpointLoader.load_checkpoint, checkpoints.load_official):
+        assert spelling('resnest://resnest50')['a'].tolist() == [1.0, 2.0]
+
+
+def test_resnest_weights_comes_before_the_cache(offline, small_release, monkeypatch, tmp_path):
+    content, name = small_release
+    put(offline, name, content)
+    mine = put(tmp_path / 'mine', name, content)
+    monkeypatch.setenv('RESNEST_WEIGHTS', str(tmp_path / 'mine'))
+    assert official_file('resnest50') == mine
+    mine.unlink()
+    assert official_file('resnest50') == offline / name
+
+
+@pytest.mark.parametrize('where', ['cache', 'RESNEST_WEIGHTS'])
+def test_wrong_hash_is_refused(offline, small_release, monkeypatch, tmp_path, where):
+    content, name = small_release
+    folder = offline if where == 'cache' else tmp_path / 'mine'
+    monkeypatch.setenv('RESNEST_WEIGHTS', str(tmp_path / 'mine'))
+    path = put(folder, name, content + b'x')
+    found = hashlib.sha256(content + b'x').hexdigest()[:8]
+    with pytest.raises(ValueError, match=rf'{path}: .* SHA-256 begins with {found}, expected {OFFICIAL["resnest50"]}'):
+        official_file('resnest50')
+    assert path.read_bytes() == content + b'x'  # the user's file is the user's to delete
+
+
+@pytest.mark.parametrize('name', ['resnest18', 'resnest50.pth', '', 'resnest50_fast'])
+def test_unknown_name(name):
+    with pytest.raises(
+        ValueError, match=f'resnest://{name}: no such checkpoint; expected one of resnest50, .*fast_1s4x'
+    ):
+        CheckpointLoader.load_checkpoint(f'resnest://{name}')
+
+
+def test_unreachable_file_says_what_to_do(offline):
+    with pytest.raises(FileNotFoundError) as error:
+        official_file('resnest101')
+    message = str(error.value)
+    assert 'Pretrained weights resnest101-22405ba7.pth are wanted and could not be downloaded (' in message
+    assert f'Get   {checkpoints.RELEASE}/resnest101-22405ba7.pth\n' in message
+    assert f'into  {offline}  or a folder that $RESNEST_WEIGHTS names' in message
+    assert message.endswith('train from scratch:  --cfg-options model.backbone.init_cfg=None')
+    assert not any(offline.iterdir())
+
+
+def test_download_through_a_server(offline, small_release, monkeypatch, tmp_path):
+    content, name = small_release
+    put(tmp_path / 'site', name, content)
+    script = (
+        'import http.server, functools\n'
+        'handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory="site")\n'
+        'server = http.server.HTTPServer(("127.0.0.1", 0), handler)\n'
+        'print(server.server_port, flush=True)\n'
+        'server.serve_forever()\n'
+    )
+    server = subprocess.Popen(
+        [sys.executable, '-c', script], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
+    try:
+        monkeypatch.setattr(checkpoints, 'RELEASE', f'http://127.0.0.1:{int(server.stdout.readline())}')
+        assert official_file('resnest50') == offline / name
+        assert (offline / name).read_bytes() == content
+        (offline / name).unlink()
+        put(tmp_path / 'site', name, content[:-1])  # cut off on its way
+        with pytest.raises(FileNotFoundError, match='could not be downloaded'):
+            official_file('resnest50')
+        assert not any(offline.iterdir())
+    finally:
+        server.terminate()
+        server.wait()
+
+
+# -------------------------------------------------------------------------------------------------------- reading
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r'none\.pth: there is no such checkpoint file'):
+        read_checkpoint(tmp_path / 'none.pth')
+
+
+def whole_file(path):
+    torch.save({'a': torch.zeros(1000)}, path)
+    return path.read_bytes()
+
+
+DAMAGED = {
+    'empty': lambda path: b'',
+    'garbage': lambda path: b'garbage' * 100,
+    'a web page': lambda path: b'<!DOCTYPE html><html><body>404</body></html>',
+    'half a file': lambda path: whole_file(path)[:2000],
+    'the end missing': lambda path: whole_file(path)[:-10],
+    'a bare pickle': lambda path: pickle.dumps({'a': np.zeros(3)}, protocol=0),
+}
+
+
+@pytest.mark.parametrize('what', DAMAGED)
+def test_damaged_file(what, tmp_path):
+    path = tmp_path / 'bad.pth'
+    path.write_bytes(DAMAGED[what](path))
+    with pytest.raises(ValueError) as error:
+        read_checkpoint(path)
+    message = str(error.value)
+    assert message.startswith(f'{path}: not a checkpoint that can be loaded safely, or a damaged one (')
+    assert message.endswith('; expected a file of torch.save with tensors and plain values')
+    assert '()' not in message
+    assert 'weights_only' not in message  # torch advises to switch safety off
+
+
+@settings(max_examples=60, deadline=None)
+@given(legacy=st.booleans(), place=st.floats(0, 0.999), value=st.integers(0, 255), cut=st.booleans())
+def test_no_damage_ends_in_another_error(legacy, place, value, cut, tmp_path_factory):
+    path = tmp_path_factory.mktemp('fuzz') / 'bad.pth'
+    torch.save({'a': torch.zeros(3), 'b': [1, 's']}, path, _use_new_zipfile_serialization=not legacy)
+    content = bytearray(path.read_bytes())
+    at = int(place * len(content))
+    content[at:] = b'' if cut else bytes([value]) + content[at + 1 :]
+    path.write_bytes(content)
+    try:
+        assert isinstance(read_checkpoint(path), dict)
+    except ValueError as error:
+        assert str(path) in str(error)
+
+
+@pytest.mark.parametrize('place', ['alone', 'state_dict', 'meta'])
+def test_code_is_not_run(place, tmp_path):
+    path, made = tmp_path / 'evil.pth', tmp_path / 'made'
+    content = {'state_dict': {'a': torch.zeros(1)}, place: Payload(made)}
+    torch.save(Payload(made) if place == 'alone' else content, path)
+    with pytest.raises(ValueError, match=r'evil.pth: not a checkpoint that can be loaded safely.*GLOBAL \w+\.mkdir'):
+        read_checkpoint(path)
+    assert not made.exists()
+    torch.load(path, weights_only=False)
+    assert made.exists()  # the file is as bad as it should be
+
+
+class GetattrOf:
+    """Unpickled, gives an attribute of a harmless type: the first step out of it."""
+
+    def __init__(self, owner, name):
+        self.args = owner, name
+
+    def __reduce__(self):
+        return getattr, self.args
+
+
+@pytest.mark.parametrize('name', ['__init__', '__class__', 'update'])
+def test_getattr_reaches_only_the_methods_of_mmengines_buffer(name, tmp_path):
+    from mmengine.logging import HistoryBuffer
+
+    torch.save({'a': GetattrOf(HistoryBuffer, name)}, tmp_path / 'evil.pth')
+    with pytest.raises(ValueError, match=f'the file asks for the attribute {name!r} of .*HistoryBuffer'):
+        read_checkpoint(tmp_path / 'evil.pth')
+    torch.save({'a': GetattrOf(HistoryBuffer, 'mean')}, tmp_path / 'good.pth')
+    assert read_checkpoint(tmp_path / 'good.pth') == {'a': HistoryBuffer.mean}
+
+
+@pytest.mark.parametrize(
+    ('content', 'kind'), [([1, 2], 'list'), (torch.zeros(2), 'Tensor'), ({'state_dict': [3]}, 'list'), (5, 'int')]
+)
+def test_other_content(content, kind, tmp_path):
+    torch.save(content, tmp_path / 'x.pth')
+    with pytest.raises(ValueError, match=f'x.pth: holds an? {kind}; expected a state dict or a checkpoint'):
+        read_checkpoint(tmp_path / 'x.pth')
+
+
+class Line(BaseModel):
+    """A model of MMEngine's: a line through points."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(1, 1)
+
+    def forward(self, x, y, mode):
+        return dict(loss=(self.linear(x) - y).square().mean())
+
+
+def test_checkpoint_of_a_stock_run_is_read(tmp_path):
+    data_set = TensorDataset(torch.arange(4.0).view(4, 1), torch.ones(4, 1))
+    runner = Runner(
+        Line(),
+        work_dir=str(tmp_path),
+        train_dataloader=DataLoader(data_set, batch_size=2, sampler=DefaultSampler(data_set, seed=0)),
+        train_cfg=dict(by_epoch=True, max_epochs=2),
+        optim_wrapper=dict(optimizer=dict(type='SGD', lr=0.01, momentum=0.9)),
+        param_scheduler=dict(type='LinearLR', start_factor=0.5, end=2),
+        default_hooks=dict(logger=dict(type='LoggerHook', interval=1)),
+        default_scope='mmengine',
+    )
+    runner.message_hub.update_info('numbers', dict(scalar=np.float64(0.5), array=np.arange(3)))
+    runner.train()
+    checkpoint = read_checkpoint(tmp_path / 'epoch_2.pth')
+    assert (checkpoint['meta']['epoch'], checkpoint['meta']['iter']) == (2, 4)
+    assert torch.equal(checkpoint['state_dict']['linear.weight'], runner.model.linear.weight.cpu())
+    momentum = checkpoint['optimizer']['state'][0]['momentum_buffer']
+    state = runner.optim_wrapper.optimizer.state[runner.model.linear.weight]
+    assert torch.equal(momentum, state['momentum_buffer'].cpu())
+    losses = checkpoint['message_hub']['log_scalars']['train/loss']
+    assert losses.data[0].tolist() == runner.message_hub.get_scalar('train/loss').data[0].tolist()
+    assert len(losses.data[0]) == 4
+    assert losses.mean() == pytest.approx(losses.data[0].mean())
+    numbers = checkpoint['message_hub']['runtime_info']['numbers']
+    assert numbers['scalar'] == 0.5
+    assert numbers['array'].tolist() == [0, 1, 2]
+
+
+# -------------------------------------------------------------------------------------------------------- loading
+
+
+def test_model_weights():
+    state = {'backbone.a': torch.tensor(1.0), 'head.backbone.a': torch.tensor(2.0)}
+    for checkpoint in (state, {'state_dict': state, 'meta': {}}):
+        assert model_weights(checkpoint) == state
+        assert model_weights(checkpoint, 'backbone.') == {'a': state['backbone.a']}
+        assert model_weights(checkpoint, 'other.') == {}
+
+
+def test_fitting_weights_are_loaded():
+    module = nn.Linear(2, 1)
+    load_strictly(module, {'weight': torch.tensor([[1.0, 2.0]]), 'bias': torch.tensor([3.0])}, 'x.pth')
+    assert module(torch.tensor([[10.0, 100.0]])).item() == 213
+
+
+def test_every_key_that_does_not_fit_is_listed():
+    module = nn.ModuleDict({'a': nn.Linear(2, 1), 'b': nn.Linear(2, 3)})
+    before = {key: value.clone() for key, value in module.state_dict().items()}
+    weights = {
+        'a.weight': torch.zeros(1, 2),
+        'b.weight': torch.zeros(4, 2),
+        'b.bias': torch.zeros(3),
+        'c': torch.ones(1),
+    }
+    with pytest.raises(ValueError) as error:
+        load_strictly(module, weights, 'x.pth')
+    assert str(error.value).splitlines() == [
+        'x.pth does not fit ModuleDict:',
+        '  1 missing in the file: a.bias',
+        '  1 left over in the file: c',
+        '  1 of another shape: b.weight: (4, 2) in the file, (3, 2) in the model',
+        'Use the config that the checkpoint was trained with, or the checkpoint that belongs to this config.',
+    ]
+    assert all(torch.equal(value, before[key]) for key, value in module.state_dict().items())  # nothing was loaded
+
+
+def test_a_long_listing_is_cut():
+    with pytest.raises(ValueError, match=r'  10 left over in the file: k0, k1, k2, k3, k4, k5, k6, k7, \.\.\.\n'):
+        load_strictly(nn.Identity(), {f'k{i}': torch.zeros(1) for i in range(10)}, 'x.pth')
+
+
+def test_pretrained_backbone_drops_a_classifier_and_nothing_else(tmp_path, offline, small_release):
+    weights = {'weight': torch.tensor([[5.0]]), 'fc.weight': torch.zeros(9, 1), 'fc.bias': torch.zeros(9)}
+    torch.save({'state_dict': {f'backbone.{key}': value for key, value in weights.items()}}, tmp_path / 'x.pth')
+    backbone = nn.Linear(1, 1, bias=False)
+    load_pretrained_backbone(backbone, str(tmp_path / 'x.pth'), prefix='backbone.')
+    assert backbone.weight.item() == 5
+    with pytest.raises(ValueError, match=r'1 missing in the file: weight\n  3 left over in the file: '):
+        load_pretrained_backbone(backbone, str(tmp_path / 'x.pth'))
+    content, name = small_release
+    put(offline, name, content)
+    with pytest.raises(ValueError, match='resnest://resnest50 does not fit Linear'):
+        load_pretrained_backbone(backbone, 'resnest://resnest50')
+
+
+def test_pretrained_backbone_runs_no_code(tmp_path):
+    torch.save({'weight': Payload(tmp_path / 'made')}, tmp_path / 'evil.pth')
+    with pytest.raises(ValueError, match='loaded safely'):
+        load_pretrained_backbone(nn.Linear(1, 1), str(tmp_path / 'evil.pth'))
+    assert not (tmp_path / 'made').exists()

@@ -1,0 +1,412 @@
+"""tools/train.py and tools/test.py as commands: what they do, and what they say when they cannot."""
+
+import json
+import math
+import os
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.registry import DefaultScope
+from mmseg.datasets import ADE20KDataset
+from mmseg.registry import MODELS
+from tiny import CAMVID, CLASSES, ENVIRONMENT, OPTIONS, ROOT, Payload, run_tool, write_data_set
+
+ADE20K = ROOT / 'configs' / 'pspnet_resnest50_ade20k.py'
+# Nobody answers there: weights that are not in the cache cannot be had.
+OFFLINE = dict(https_proxy='http://127.0.0.1:9', http_proxy='http://127.0.0.1:9', all_proxy='', no_proxy='')
+COMMON = ['--data-root', 'data', '--cfg-options', *OPTIONS]
+WITHOUT_VALIDATION = [*COMMON, 'train_cfg.val_interval=9']
+
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory):
+    """A folder with data/ and w/, where ``python tools/train.py`` trained two iterations on it with seed 1."""
+    folder = tmp_path_factory.mktemp('trained')
+    write_data_set(folder / 'data')
+    command = [sys.executable, ROOT / 'tools' / 'train.py', CAMVID, '--work-dir', 'w', '--seed', '1', *COMMON]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=os.environ | ENVIRONMENT)
+    assert done.returncode == 0, done.stderr
+    (folder / 'stdout').write_text(done.stdout)
+    return folder
+
+
+def succeed(name, *args, cwd, **env) -> str:
+    done = run_tool(name, *args, cwd=cwd, **env)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def weights(path) -> dict:
+    return torch.load(path, weights_only=False)['state_dict']
+
+
+def equal(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(value, b[key]) for key, value in a.items())
+
+
+def losses(work_dir) -> list[float]:
+    (scalars,) = work_dir.glob('*/vis_data/scalars.json')
+    lines = [json.loads(line) for line in scalars.read_text().splitlines()]
+    return [line['loss'] for line in lines if 'loss' in line]
+
+
+# ----------------------------------------------------------------------------------------------------------- help
+
+OPTIONS_OF = {
+    'train': ['--work-dir DIR', '--resume [PATH]', '--amp {bf16,fp16,off}', '--seed N', '--cfg-options KEY=VALUE'],
+    'test': ['--tta', '--out DIR', '--show-dir DIR', '--json FILE', '--work-dir DIR', '--cfg-options KEY=VALUE'],
+}
+
+
+@pytest.mark.parametrize('name', OPTIONS_OF)
+def test_help(name, tmp_path):
+    text = succeed(name, '--help', cwd=tmp_path, COLUMNS='80')
+    usage, _, body = text.partition('options:')
+    assert f'python tools/{name}.py configs/deeplabv3_resnest101_ade20k.py' in usage
+    assert 'torchrun --nproc-per-node' in usage
+    assert '  config ' in usage
+    assert name == 'train' or '  checkpoint ' in usage
+    for option in [*OPTIONS_OF[name], '--data-root DIR', '--debug']:
+        described = body.partition(f'\n  {option}')[2].partition('\n  -')[0]
+        assert len(described.split()) >= 4, f'{option} is not explained'
+    assert max(map(len, text.splitlines())) <= 100
+
+
+# ------------------------------------------------------------------------------------------------------- training
+
+
+def test_training(trained):
+    log = (trained / 'stdout').read_text()
+    assert f'Trained 2 iterations; checkpoints and the log are in {trained}/w\n' in log
+    assert '|   Class    |' in log
+    assert '| pedestrian |' in log
+    assert 'Iter(val) [4/4]    aAcc: ' in log
+    checkpoint = torch.load(trained / 'w' / 'iter_2.pth', weights_only=False)
+    assert checkpoint['meta']['iter'] == 2
+    assert checkpoint['meta']['seed'] == 1
+    assert len(checkpoint['meta']['dataset_meta']['classes']) == CLASSES
+    state = checkpoint['state_dict']
+    assert state['backbone.layer1.0.conv2.fc2.weight'].shape == (128, 32, 1, 1)  # our names: mmseg's are others
+    assert state['decode_head.conv_seg.weight'].shape == (CLASSES, 8, 1, 1)
+    assert state['backbone.bn1.num_batches_tracked'] == 2
+    assert (trained / 'w' / 'last_checkpoint').read_text() == str(trained / 'w' / 'iter_2.pth')
+    assert len(losses(trained / 'w')) == 2
+    assert all(1 < loss < 1.4 * 2 * math.log(CLASSES) for loss in losses(trained / 'w'))
+
+
+def test_seed_and_default_format_on_a_cpu(trained, tmp_path):
+    """The same seed gives the same weights, bit for bit, in another process too, and a CPU's default is no autocast."""
+    again = tmp_path / 'w'
+    succeed('train', CAMVID, '--work-dir', again, '--seed', '1', '--amp', 'off', *WITHOUT_VALIDATION, cwd=trained)
+    assert losses(again) == losses(trained / 'w')
+    assert equal(weights(again / 'iter_2.pth'), weights(trained / 'w' / 'iter_2.pth'))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('amp', ['bf16', 'fp16'])
+def test_half_precision(amp, trained, tmp_path):
+    succeed(
+        'train', CAMVID, '--work-dir', tmp_path / 'w', '--seed', '1', '--amp', amp, *WITHOUT_VALIDATION, cwd=trained
+    )
+    exact, rounded = losses(trained / 'w'), losses(tmp_path / 'w')
+    assert rounded[0] != exact[0]
+    assert rounded[0] == pytest.approx(exact[0], rel=0.01 if amp == 'bf16' else 0.001)
+    checkpoint = torch.load(tmp_path / 'w' / 'iter_2.pth', weights_only=False)
+    assert {value.dtype for value in checkpoint['state_dict'].values()} == {torch.float32, torch.int64}
+    scaler = checkpoint['optimizer'].get('loss_scaler')
+    assert scaler is None if amp == 'bf16' else scaler['scale'] > 1
+
+
+def test_amp_replaces_a_stock_wrapper():
+    train = runpy.run_path(str(ROOT / 'tools' / 'train.py'))
+    cfg = Config(dict(optim_wrapper=dict(type='AmpOptimWrapper', loss_scale='dynamic', clip_grad=dict(max_norm=1.0))))
+    for amp, dtype in dict(bf16='bfloat16', fp16='float16', off='float32').items():
+        train['set_amp'](cfg, amp)
+        assert cfg.optim_wrapper == dict(
+            type='mmseg_resnest.AutocastOptimWrapper', dtype=dtype, autocast_cpu=True, clip_grad=dict(max_norm=1.0)
+        )
+
+
+def test_resume_from_the_work_dir(trained, tmp_path):
+    shutil.copytree(trained / 'w', tmp_path / 'w')
+    (tmp_path / 'w' / 'last_checkpoint').write_text(str(tmp_path / 'w' / 'iter_2.pth'))
+    options = [*WITHOUT_VALIDATION, 'train_cfg.max_iters=3']
+    out = succeed('train', CAMVID, '--work-dir', tmp_path / 'w', '--resume', *options, cwd=trained)
+    assert 'resumed epoch: 0, iter: 2' in out
+    assert 'Trained 3 iterations' in out
+    before, after = weights(tmp_path / 'w' / 'iter_2.pth'), weights(tmp_path / 'w' / 'iter_3.pth')
+    assert after['backbone.bn1.num_batches_tracked'] == 3
+    assert not torch.equal(before['backbone.conv1.0.weight'], after['backbone.conv1.0.weight'])
+
+
+def test_resume_from_a_file(trained, tmp_path):
+    path = trained / 'w' / 'iter_2.pth'
+    options = [*WITHOUT_VALIDATION, 'train_cfg.max_iters=3', 'optim_wrapper.optimizer.lr=9']
+    out = succeed('train', CAMVID, '--work-dir', tmp_path / 'w', '--resume', path, *options, cwd=trained)
+    assert f'Load checkpoint from {path}' in out
+    assert 'resumed epoch: 0, iter: 2' in out
+    after = torch.load(tmp_path / 'w' / 'iter_3.pth', weights_only=False)
+    assert after['meta']['iter'] == 3
+    assert after['state_dict']['backbone.bn1.num_batches_tracked'] == 3
+    assert after['optimizer']['param_groups'][0]['lr'] == pytest.approx(0.01, rel=0.01)  # the checkpoint's
+
+
+def test_resume_with_nothing_there_starts_anew(trained, tmp_path):
+    options = ['--seed', '2', *WITHOUT_VALIDATION, 'train_cfg.max_iters=1']
+    out = succeed('train', CAMVID, '--work-dir', tmp_path / 'w', '--resume', *options, cwd=trained)
+    assert 'Did not find last_checkpoint to be resumed.' in out
+    assert losses(tmp_path / 'w')[0] != losses(trained / 'w')[0]  # of another seed
+    assert weights(tmp_path / 'w' / 'iter_1.pth')['backbone.bn1.num_batches_tracked'] == 1
+
+
+# --------------------------------------------------------------------------------------------------------- testing
+
+
+def hand_computed(predictions, labels, images: int, num_classes: int, offset: int) -> tuple[dict, dict]:
+    """Returns the figures and each class's, in percent, from label maps as PNG whose classes begin at ``offset``."""
+    matrix = np.zeros((num_classes, num_classes), np.int64)
+    paths = sorted(predictions.glob('*.png'))
+    assert [path.name for path in paths] == [f'{i}.png' for i in range(images)]
+    for path in paths:
+        predicted, truth = (cv2.imread(str(p), cv2.IMREAD_UNCHANGED).astype(int) for p in (path, labels / path.name))
+        assert predicted.shape == truth.shape
+        assert predicted.min() >= offset
+        counted = (truth != 255) & (truth >= offset)
+        np.add.at(matrix, (truth[counted] - offset, predicted[counted] - offset), 1)
+    hits, true, predicted = matrix.diagonal(), matrix.sum(1), matrix.sum(0)
+    assert (predicted > 0).sum() > 1  # a network that says one class would prove little
+    with np.errstate(invalid='ignore'):
+        iou, acc = 100 * hits / (true + predicted - hits), 100 * hits / true
+    figures = dict(mIoU=np.nanmean(iou), mAcc=np.nanmean(acc), aAcc=100 * hits.sum() / true.sum())
+    return figures, dict(IoU=iou, Acc=acc)
+
+
+def check_json(path, predictions, labels, images, names, offset) -> dict:
+    content = json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(f'{name} is not JSON'))
+    figures, of_class = hand_computed(predictions, labels, images, len(names), offset)
+    assert {name: content[name] for name in figures} == pytest.approx(figures, abs=0.0051)  # two digits
+    assert list(content['classes']) == list(names)
+    for metric, values in of_class.items():
+        found = [content['classes'][name][metric] for name in names]
+        assert [math.nan if value is None else value for value in found] == pytest.approx(
+            values.tolist(), abs=1e-4, nan_ok=True
+        )
+    return content
+
+
+def test_testing(trained, tmp_path):
+    args = ['--json', tmp_path / 'deep' / 'r.json', '--out', tmp_path / 'out', '--show-dir', tmp_path / 'show']
+    out = succeed('test', CAMVID, 'w/iter_2.pth', *args, *COMMON, cwd=trained)
+    names = Config.fromfile(CAMVID).metainfo.classes
+    content = check_json(
+        tmp_path / 'deep' / 'r.json', tmp_path / 'out', trained / 'data/annotations/validation', 4, names, 0
+    )
+    assert (content['config'], content['checkpoint'], content['tta']) == (str(CAMVID), 'w/iter_2.pth', False)
+    assert content['classes']['bicyclist'] == dict(IoU=None, Acc=None)  # neither labelled nor predicted
+    assert out.endswith(f'mIoU {content["mIoU"]:.2f}  mAcc {content["mAcc"]:.2f}  aAcc {content["aAcc"]:.2f}\n')
+    (validated,) = re.findall(
+        r'Iter\(val\) \[4/4\] +aAcc: (\S+) +mIoU: (\S+) +mAcc: (\S+)', (trained / 'stdout').read_text()
+    )
+    assert [float(value) for value in validated] == [content[name] for name in ('aAcc', 'mIoU', 'mAcc')]
+    pictures = sorted((tmp_path / 'show').rglob('*.png'))
+    assert len(pictures) == 4
+    assert {cv2.imread(str(picture)).shape for picture in pictures} == {(48, 128, 3)}  # truth and prediction
+    assert (trained / 'work_dirs' / 'pspnet_resnest50_camvid').is_dir()  # the default
+
+
+@pytest.fixture(scope='module')
+def ade20k_checkpoint(tmp_path_factory):
+    """Random weights of a small network of 150 classes."""
+    cfg = Config.fromfile(ADE20K)
+    cfg.model.backbone.update(depth=14, init_cfg=None)
+    cfg.model.decode_head.channels = cfg.model.auxiliary_head.channels = 8
+    torch.manual_seed(0)
+    with DefaultScope.overwrite_default_scope('mmseg'):
+        model = MODELS.build(cfg.model)
+    model.init_weights()
+    torch.nn.init.normal_(model.decode_head.conv_seg.weight)
+    path = tmp_path_factory.mktemp('ade20k') / 'random.pth'
+    torch.save(model.state_dict(), path)
+    return path
+
+
+def test_testing_with_augmentation_on_ade20k(trained, ade20k_checkpoint, tmp_path):
+    """PNGs carry ADE20K's own labels, 1-150; with --tta they are those of the averaged prediction."""
+    found = {}
+    for way in ((), ('--tta',)):
+        folder = tmp_path / f'out{len(way)}'
+        args = ['--json', folder / 'r.json', '--out', folder, *way, '--work-dir', tmp_path / 'w']
+        args += [*COMMON, 'test_dataloader.dataset.indices=2']
+        succeed('test', ADE20K, ade20k_checkpoint, *args, cwd=trained)
+        names = ADE20KDataset.METAINFO['classes']
+        content = check_json(folder / 'r.json', folder, trained / 'data/annotations/validation', 2, names, 1)
+        assert content['tta'] == bool(way)
+        found[way] = np.stack([cv2.imread(str(path), cv2.IMREAD_UNCHANGED) for path in sorted(folder.glob('*.png'))])
+    changed = (found[()] != found['--tta',]).mean()
+    assert 0 < changed < 0.9
+
+
+# ------------------------------------------------------------------------------------------------------- bad input
+
+
+@pytest.fixture(scope='module')
+def broken(trained):
+    """Adds broken files to the folder of ``trained``."""
+    (trained / 'syntax.py').write_text('model = dict(\n')
+    (trained / 'empty').mkdir()
+    (trained / 'garbage.pth').write_bytes(b'garbage' * 100)
+    (trained / 'half.pth').write_bytes((trained / 'w' / 'iter_2.pth').read_bytes()[:10_000])
+    torch.save(dict(state_dict=Payload(trained / 'made'), meta={}, optimizer={}), trained / 'evil.pth')
+    other = weights(trained / 'w' / 'iter_2.pth')
+    other['stem.weight'] = other.pop('backbone.conv1.0.weight')
+    other['decode_head.conv_seg.bias'] = torch.zeros(19)
+    torch.save(dict(state_dict=other, meta={}, optimizer={}), trained / 'other.pth')
+    torch.save(weights(trained / 'w' / 'iter_2.pth'), trained / 'weights.pth')
+    whole = torch.load(trained / 'w' / 'iter_2.pth', weights_only=False)
+    whole['meta']['config'] = f'import os\nos.mkdir({str(trained / "made")!r})\n'
+    torch.save(whole, trained / 'config.pth')
+    return trained
+
+
+DEPTHS = 'ResNeSt: depth=18; expected one of 14, 26, 50, 101, 200, 269'
+LISTING = [
+    'other.pth does not fit EncoderDecoder:',
+    '  1 missing in the file: backbone.conv1.0.weight',
+    '  1 left over in the file: stem.weight',
+    '  1 of another shape: decode_head.conv_seg.bias: (19,) in the file, (11,) in the model',
+]
+UNSAFE = 'not a checkpoint that can be loaded safely, or a damaged one ('
+BAD_INPUT = {
+    'no config': (2, 'train', [], 'the following arguments are required: config'),
+    'wrong config path': (
+        2,
+        'train',
+        [f'{CAMVID}x'],
+        f'{CAMVID}x: there is no such config file; did you mean {CAMVID}, ',
+    ),
+    'syntax error': (2, 'train', ['syntax.py'], "syntax.py: not a valid config: '(' was never closed"),
+    'misspelt key': (2, 'train', [CAMVID, *COMMON, 'modle.backbone.depth=50'], 'no modle; did you mean model?'),
+    'no pair': (2, 'test', [CAMVID, 'w/iter_2.pth', '--cfg-options', 'a'], 'expected KEY=VALUE; got a'),
+    'wrong number format': (2, 'train', [CAMVID, '--amp', 'fp8'], "invalid choice: 'fp8'"),
+    'no checkpoint': (2, 'test', [CAMVID, 'none.pth', *COMMON], 'none.pth: there is no such checkpoint'),
+    'no checkpoint to resume': (
+        2,
+        'train',
+        [CAMVID, '--resume', 'none.pth', *COMMON],
+        'none.pth: there is no such checkpoint',
+    ),
+    'no augmentation': (2, 'test', [CAMVID, 'w/iter_2.pth', '--tta', *COMMON], 'has no tta_pipeline'),
+    'no data root': (1, 'train', [CAMVID, '--data-root', 'none'], "data_root 'none' does not exist. Put the data set"),
+    'no data root to test': (1, 'test', [CAMVID, 'w/iter_2.pth', '--data-root', 'none'], "data_root 'none' does not"),
+    'empty data root': (
+        1,
+        'train',
+        [CAMVID, '--data-root', 'empty'],
+        'empty/images/training does not exist; empty holds',
+    ),
+    'wrong suffix': (
+        1,
+        'train',
+        [CAMVID, *COMMON, 'val_dataloader.dataset.img_suffix=.jpeg'],
+        'val_dataloader.dataset: data/images/validation holds no *.jpeg (found: .jpg).',
+    ),
+    'unknown depth': (1, 'train', [CAMVID, *COMMON, 'model.backbone.depth=18'], DEPTHS),
+    'unknown depth to test': (1, 'test', [CAMVID, 'w/iter_2.pth', *COMMON, 'model.backbone.depth=18'], DEPTHS),
+    'unknown output stride': (
+        1,
+        'train',
+        [CAMVID, *COMMON, 'model.backbone.output_stride=12'],
+        'ResNeSt: output_stride=12; expected one of 8, 16, 32',
+    ),
+    'misspelt option': (
+        1,
+        'train',
+        [CAMVID, *COMMON, 'model.backbone.dpeth=50'],
+        "unexpected keyword argument 'dpeth'",
+    ),
+    'one image for batch norm': (
+        1,
+        'train',
+        [CAMVID, *COMMON, 'train_dataloader.batch_size=1'],
+        'train_dataloader.batch_size=1, but 29 batch norm layers train (the first: backbone.conv1.1): one image has no',
+    ),
+    'garbage': (1, 'test', [CAMVID, 'garbage.pth', *COMMON], f'garbage.pth: {UNSAFE}'),
+    'garbage to resume': (1, 'train', [CAMVID, '--resume', 'half.pth', *COMMON], f'half.pth: {UNSAFE}'),
+    'code': (1, 'test', [CAMVID, 'evil.pth', *COMMON], f'evil.pth: {UNSAFE}'),
+    'code to resume': (1, 'train', [CAMVID, '--resume', 'evil.pth', *COMMON], f'evil.pth: {UNSAFE}'),
+    'config to resume': (
+        1,
+        'train',
+        [CAMVID, '--resume', 'config.pth', *COMMON],
+        'config.pth: its meta.config is code',
+    ),
+    'another model': (1, 'test', [CAMVID, 'other.pth', *COMMON], '\n'.join(LISTING)),
+    'another model to resume': (1, 'train', [CAMVID, '--resume', 'other.pth', *COMMON], '\n'.join(LISTING)),
+    'weights to resume': (
+        1,
+        'train',
+        [CAMVID, '--resume', 'weights.pth', *COMMON],
+        'weights.pth: no checkpoint of a training run: it has no meta, no optimizer',
+    ),
+}
+
+
+@pytest.mark.parametrize('case', BAD_INPUT)
+def test_bad_input(case, broken):
+    code, name, args, message = BAD_INPUT[case]
+    done = run_tool(name, *args, cwd=broken)
+    assert done.returncode == code
+    printed = done.stderr.partition(f'{name}.py: error: ')[2]
+    assert message in printed
+    assert len(printed.splitlines()) <= len(message.splitlines()) + 2  # one message, with its fix and the hint
+    assert printed.endswith('(--debug shows where this happened.)\n') == (code == 1)
+    assert 'Traceback' not in done.stderr + done.stdout
+    assert not (broken / 'made').exists()
+
+
+def test_debug_shows_the_stack(broken):
+    done = run_tool('train', CAMVID, '--data-root', 'none', '--debug', cwd=broken)
+    assert done.returncode == 1
+    assert done.stderr.count('Traceback (most recent call last)') == 1
+    assert 'in check_folders' in done.stderr
+    assert "FileNotFoundError: train_dataloader.dataset: data_root 'none' does not exist." in done.stderr
+
+
+def test_weights_that_cannot_be_had(trained, tmp_path):
+    options = [option for option in OPTIONS if not option.startswith('model.backbone.')]
+    args = [CAMVID, '--work-dir', tmp_path / 'w', '--data-root', 'data', '--cfg-options', *options]
+    done = run_tool('train', *args, cwd=trained, TORCH_HOME=str(tmp_path), RESNEST_WEIGHTS='', **OFFLINE)
+    assert done.returncode == 1
+    printed = done.stderr.partition('train.py: error: ')[2].splitlines()
+    assert printed[0].startswith('Pretrained weights resnest50-528c19ca.pth are wanted and could not be downloaded (')
+    assert [line.split() for line in printed[1:]] == [
+        [
+            'Get',
+            'https://github.com/zhanghang1989/ResNeSt/releases/download/weights_step1/resnest50-528c19ca.pth',
+        ],
+        ['into', f'{tmp_path}/hub/checkpoints', 'or', 'a', 'folder', 'that', '$RESNEST_WEIGHTS', 'names,'],
+        ['or', 'train', 'from', 'scratch:', '--cfg-options', 'model.backbone.init_cfg=None'],
+        ['(--debug', 'shows', 'where', 'this', 'happened.)'],
+    ]
+    assert 'Traceback' not in done.stderr
+
+
+def test_a_worker_that_fails_says_which_file(broken, tmp_path):
+    shutil.copytree(broken / 'data', tmp_path / 'data')
+    for path in (tmp_path / 'data/images/training').iterdir():
+        path.write_bytes(b'no image')
+    options = [*COMMON, 'train_dataloader.num_workers=1']
+    done = run_tool('train', CAMVID, '--work-dir', 'w', *options, cwd=tmp_path)
+    assert done.returncode == 1
+    printed = done.stderr.partition('train.py: error: ')[2]
+    assert 'data/images/training/' in printed
+    assert len(printed.splitlines()) == 2
+    assert 'Traceback' not in done.stderr
