@@ -68,13 +68,14 @@ def plot_classes(iou: dict[str, float], miou: float, palette: Sequence[Sequence[
     names = sorted(iou, key=lambda name: np.nan_to_num(iou[name]))
     figure = Figure(figsize=(6.5, 0.32 * len(names) + 1.1), layout='constrained', dpi=150)
     axis = figure.subplots()
-    bars = axis.barh(names, [np.nan_to_num(iou[name]) for name in names], color=[colours[name] for name in names])
-    bars_labels = ['not there' if np.isnan(iou[name]) else f'{iou[name]:.1f}' for name in names]
-    axis.bar_label(bars, bars_labels, padding=4, fontsize=8, color=INK)
-    axis.axvline(miou, color=INK, linewidth=1, linestyle=(0, (4, 3)))
-    axis.text(miou, len(names) - 0.35, f'mIoU {miou:.1f}', ha='center', va='bottom', fontsize=8, color=INK)
-    axis.set(xlim=(0, 108), xlabel='IoU, %')
-    axis.set_title(title, loc='left', fontsize=10, color=INK, pad=16)
+    axis.axvline(miou, color=INK, linewidth=1, linestyle=(0, (4, 3)), zorder=0)
+    axis.text(miou, 1.01, f'mIoU {miou:.1f}', transform=axis.get_xaxis_transform(), ha='center', fontsize=8, color=INK)
+    axis.barh(names, [np.nan_to_num(iou[name]) for name in names], color=[colours[name] for name in names])
+    for row, name in enumerate(names):
+        text = 'not there' if np.isnan(iou[name]) else f'{iou[name]:.1f}'
+        axis.text(101, row, text, va='center', fontsize=8, color=INK)
+    axis.set(xlim=(0, 100), xlabel='IoU, %')
+    axis.set_title(title, loc='left', fontsize=10, color=INK, pad=20)
     axis.tick_params(colors=INK, length=0, labelsize=8)
     axis.spines[['top', 'right', 'left']].set_visible(False)
     figure.savefig(path)
