@@ -1,6 +1,7 @@
 """What the command lines share: options, configs, and errors that a reader can act on."""
 
 import argparse
+import contextlib
 import difflib
 import inspect
 import sys
@@ -49,6 +50,7 @@ def make_parser(description: str) -> argparse.ArgumentParser:
 def run(command: Callable[[argparse.Namespace], None], parser: argparse.ArgumentParser) -> None:
     """Runs a command and turns an exception into one message: exit code 2 for usage errors, 1 for the rest."""
     args = parser.parse_args()
+    _import_quietly()
     try:
         command(args)
     except Exception as error:
@@ -58,6 +60,12 @@ def run(command: Callable[[argparse.Namespace], None], parser: argparse.Argument
             hint = '' if isinstance(error, UsageError) else '\n(--debug shows where this happened.)'
             print(f'{parser.prog}: error: {_message(error)}{hint}', file=sys.stderr)
         sys.exit(2 if isinstance(error, UsageError) else 1)
+
+
+def _import_quietly() -> None:
+    """Imports mmsegmentation, which prints a debug line to stdout for each optional package that is absent."""
+    with contextlib.redirect_stdout(None):
+        import mmseg.datasets  # noqa: F401
 
 
 def _message(error: Exception) -> str:
