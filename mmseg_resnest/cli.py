@@ -90,8 +90,8 @@ def load_config(args: argparse.Namespace, loader: str) -> Config:
     if not path.is_file():
         known = {p.name: p for p in [*path.parent.glob('*.py'), *Path('configs').glob('*.py')]}
         close = difflib.get_close_matches(path.name, known, n=3)
-        hint = f'; did you mean {", ".join(str(known[name]) for name in close)}?' if close else ''
-        raise UsageError(f'{path}: there is no such config file{hint}')
+        hint = f'did you mean {", ".join(str(known[name]) for name in close)}?' if close else 'see configs/'
+        raise UsageError(f'{path}: there is no such config file; {hint}')
     try:
         cfg = Config.fromfile(path)
     except Exception as error:
@@ -106,27 +106,53 @@ def load_config(args: argparse.Namespace, loader: str) -> Config:
     return cfg
 
 
+# What is read of a config beside the Runner's arguments. Other names are a config's own helpers: what was built from
+# them stays as it was.
+_READ = ('sync_bn', 'find_unused_parameters', 'model_wrapper_cfg', 'tta_model', 'tta_pipeline', 'compile')
+_READ_ELSEWHERE = {
+    'data_root': '--data-root DIR',
+    'metainfo': 'train_dataloader.dataset.metainfo, and val_ and test_dataloader',
+    'train_pipeline': 'train_dataloader.dataset.pipeline.N',
+    'test_pipeline': 'test_dataloader.dataset.pipeline.N, and val_dataloader',
+}
+
+
 def _override(cfg: Config, overrides: dict) -> None:
     """Sets the overrides; one of a name that nobody reads would be lost without a word."""
-    known = [*cfg.keys(), *inspect.signature(Runner).parameters, 'sync_bn']
+    known = sorted({*inspect.signature(Runner).parameters, *_READ} - {'cfg'})
     for key, value in overrides.items():
         name = key.split('.')[0]
         if name not in known:
             close = difflib.get_close_matches(name, known, n=1)
-            hint = f'did you mean {close[0]}?' if close else f'the config has {", ".join(cfg.keys())}'
-            raise UsageError(f'--cfg-options {key}: the config has no {name}; {hint}')
+            hint = f'did you mean {close[0]}?' if close else f'there are {", ".join(known)}'
+            hint = f'use {_READ_ELSEWHERE[name]}' if name in _READ_ELSEWHERE else hint
+            raise UsageError(f'--cfg-options {key}: nothing reads {name} at the top of a config; {hint}')
         try:
             cfg.merge_from_dict({key: value})
         except (KeyError, TypeError) as error:
             raise UsageError(f'--cfg-options {key}: the config has no such place, or not of that kind') from error
 
 
-def existing_file(path: str, what: str) -> str:
+def existing_file(path: str | Path, what: str, origin: str) -> str:
     """Returns ``path`` if it is a file.
 
+    Args:
+        path: The file.
+        what: What it is, for the message.
+        origin: Which command writes such files, for the message.
+
     Raises:
-        UsageError: It is not.
+        UsageError: It is not; the message names files of its kind in its folder, or their origin.
     """
-    if not Path(path).is_file():
-        raise UsageError(f'{path}: there is no such {what}')
-    return path
+    path = Path(path)
+    if not path.is_file():
+        folder = path if path.is_dir() else path.parent
+        found = ', '.join(sorted(map(str, folder.glob(f'*{path.suffix or ".pth"}')))[:8])
+        hint = f'its folder has {found}' if found else origin
+        raise UsageError(f'{path}: {"a folder, no" if path.is_dir() else "there is no such"} {what}; {hint}')
+    return str(path)
+
+
+def existing_checkpoint(path: str | Path) -> str:
+    """Returns ``path`` if it is a file; else a UsageError says where checkpoints are."""
+    return existing_file(path, 'checkpoint', 'tools/train.py writes them to work_dirs/CONFIG, as iter_N.pth')

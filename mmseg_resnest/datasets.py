@@ -1,6 +1,7 @@
 """Data sets: what is checked before a run."""
 
 import inspect
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -43,6 +44,24 @@ def check_folders(loader_name: str, dataset: ConfigDict) -> None:
             _check_folder(f'{loader_name}.dataset', root, folder, _suffix(part, suffix))
 
 
+def check_classes(loader_name: str, cfg: Config) -> None:
+    """Checks that the heads have as many classes as a loader's data sets.
+
+    Raises:
+        ValueError: They do not; it would train, and evaluate, other classes than it says.
+    """
+    heads = [('decode_head', cfg.model.get('decode_head')), ('auxiliary_head', cfg.model.get('auxiliary_head'))]
+    for part in datasets_of(cfg[loader_name].dataset):
+        kind = part.type if isinstance(part.type, type) else DATASETS.get(part.type)
+        classes = (part.get('metainfo') or {}).get('classes') or getattr(kind, 'METAINFO', {}).get('classes')
+        for name, head in heads:
+            if classes and isinstance(head, Mapping) and head.get('num_classes', len(classes)) != len(classes):
+                raise ValueError(
+                    f'model.{name}.num_classes={head.num_classes}, but {loader_name}.dataset has {len(classes)} '
+                    f'classes ({", ".join(classes[:4])}, ...); set one of them, and the other loaders alike'
+                )
+
+
 def _suffix(dataset: ConfigDict, name: str) -> str:
     """The data set's own suffix, or its class's default; empty where neither says."""
     if dataset.get(name):
@@ -55,10 +74,12 @@ def _suffix(dataset: ConfigDict, name: str) -> str:
 def _check_folder(key: str, root: Path, folder: Path, suffix: str) -> None:
     fix = 'Put the data set there, or say where it is with --data-root DIR'
     if not root.is_dir():
-        raise FileNotFoundError(f'{key}: data_root {str(root)!r} does not exist. {fix}.')
+        what = 'is a file, not a folder' if root.exists() else 'does not exist'
+        raise FileNotFoundError(f'{key}: data_root {str(root)!r} {what}. {fix}.')
     if not folder.is_dir():
         found = ', '.join(sorted(p.name for p in root.iterdir())[:8]) or 'nothing'
         raise FileNotFoundError(f'{key}: {folder} does not exist; {root} holds {found}. {fix}.')
-    if next(folder.rglob(f'*{suffix}'), None) is None:
-        found = ', '.join(sorted({p.suffix or p.name for p in folder.rglob('*')})[:8]) or 'nothing'
+    files = [name for _, _, names in os.walk(folder, followlinks=True) for name in names]
+    if not any(name.endswith(suffix) for name in files):
+        found = ', '.join(sorted({Path(name).suffix or name for name in files})[:8]) or 'nothing'
         raise FileNotFoundError(f'{key}: {folder} holds no *{suffix} (found: {found}). {fix}.')

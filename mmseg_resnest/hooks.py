@@ -36,7 +36,7 @@ class BatchNormCheckHook(Hook):
                 f'train_dataloader.batch_size=1, but {len(layers)} batch norm layers train (the first: {layers[0]}): '
                 'one image has no batch statistics. Use train_dataloader.batch_size=2 or more, '
                 'several processes with sync_bn="torch", or norm_cfg=dict(type="GN", num_groups=8) '
-                'in the backbone and the heads.'
+                'in the backbone and the heads, from scratch: model.backbone.init_cfg=None (the weights are for BN).'
             )
 
 

@@ -224,10 +224,10 @@ class ResNeSt(BaseModule):
         _check_choice('output_stride', output_stride, LAYOUTS)
         _check_choice('graph', graph, GRAPHS)
         _check_choice('frozen_stages', frozen_stages, range(-1, 5))
-        for index in out_indices:
+        for index in out_indices if isinstance(out_indices, Sequence) and out_indices else [out_indices]:
             _check_choice('out_indices', index, range(4))
         for name, value in dict(radix=radix, groups=groups, base_width=base_width).items():
-            if not isinstance(value, int) or value < 1:
+            if type(value) is not int or value < 1:
                 raise ValueError(f'ResNeSt: {name}={value!r}; expected an integer of at least 1')
 
         self.out_indices = tuple(out_indices)
@@ -285,7 +285,9 @@ class ResNeSt(BaseModule):
             ValueError: Keys are missing, left over or of another shape.
         """
         configs = [self.init_cfg] if isinstance(self.init_cfg, dict) else self.init_cfg
-        pretrained = [cfg for cfg in configs if cfg.get('type') in ('Pretrained', PretrainedInit)]
+        pretrained = [
+            cfg for cfg in configs if cfg.get('type') in ('Pretrained', 'mmengine.Pretrained', PretrainedInit)
+        ]
         if not pretrained:
             super().init_weights()
         for cfg in pretrained:
@@ -342,5 +344,5 @@ def _make_stage(
 
 
 def _check_choice(name: str, value: int | str, choices: Sequence | dict) -> None:
-    if value not in choices:
+    if isinstance(value, bool | float) or value not in choices:
         raise ValueError(f'ResNeSt: {name}={value!r}; expected one of {", ".join(str(choice) for choice in choices)}')

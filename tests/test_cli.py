@@ -107,7 +107,7 @@ def test_wrong_path_names_close_ones(tmp_path, monkeypatch):
     assert error_of('deeplabv3_b.py').endswith('did you mean configs/deeplabv3_b.py?')  # the folder forgotten
     assert error_of('pspnet_a').endswith('did you mean configs/pspnet_a.py?')  # the suffix forgotten
     assert 'mine/pspnet_c.py' in error_of('mine/pspnet_d.py')
-    assert error_of('nothing/like/it.yaml') == 'nothing/like/it.yaml: there is no such config file'
+    assert error_of('nothing/like/it.yaml') == 'nothing/like/it.yaml: there is no such config file; see configs/'
     assert error_of('configs').startswith('configs: there is no such config file')  # a folder
 
 
@@ -142,10 +142,14 @@ def test_half_a_config_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ('override', 'message'),
     [
-        ('modell.backbone.depth=50', 'the config has no modell; did you mean model?'),
-        ('train_dataloder.batch_size=2', 'the config has no train_dataloder; did you mean train_dataloader?'),
-        ('sync_nb=None', 'the config has no sync_nb; did you mean sync_bn?'),
-        ('qqq=1', 'the config has no qqq; the config has model, default_scope, '),
+        ('modell.backbone.depth=50', 'nothing reads modell at the top of a config; did you mean model?'),
+        ('train_dataloder.batch_size=2', 'nothing reads train_dataloder at the top of a config; did you mean train_d'),
+        ('sync_nb=None', 'nothing reads sync_nb at the top of a config; did you mean sync_bn?'),
+        ('qqq=1', 'nothing reads qqq at the top of a config; there are auto_scale_lr, '),
+        # Helpers of the config itself: what was built from them stays.
+        ('data_root=x', 'nothing reads data_root at the top of a config; use --data-root DIR'),
+        ('train_pipeline.2.scale=1', 'nothing reads train_pipeline at the top of a config; use train_dataloader.dat'),
+        ('metainfo.classes=x', 'nothing reads metainfo at the top of a config; use train_dataloader.dataset.metainfo'),
         ('train_dataloader.batch_size.x=1', 'the config has no such place, or not of that kind'),
         ('train_dataloader.dataset.pipeline.9.scale=1', 'the config has no such place, or not of that kind'),
         ('train_dataloader.dataset.pipeline.scale=1', 'the config has no such place, or not of that kind'),
@@ -159,10 +163,14 @@ def test_override_of_what_is_not_there(override, message):
 
 def test_existing_file(tmp_path):
     (tmp_path / 'x.pth').touch()
-    assert cli.existing_file(str(tmp_path / 'x.pth'), 'checkpoint') == str(tmp_path / 'x.pth')
-    for path in (tmp_path, tmp_path / 'none.pth'):
-        with pytest.raises(cli.UsageError, match=f'^{path}: there is no such checkpoint$'):
-            cli.existing_file(str(path), 'checkpoint')
+    there = tmp_path / 'x.pth'
+    assert cli.existing_checkpoint(there) == str(there)
+    for path, found in ((tmp_path, 'a folder, no'), (tmp_path / 'none.pth', 'there is no such')):
+        with pytest.raises(cli.UsageError, match=f'^{path}: {found} checkpoint; its folder has {there}$'):
+            cli.existing_checkpoint(path)
+    there.unlink()
+    with pytest.raises(cli.UsageError, match=r'no such checkpoint; tools/train.py writes them to work_dirs/CONFIG'):
+        cli.existing_checkpoint(there)
 
 
 # ---------------------------------------------------------------------------------------------------------- errors

@@ -32,7 +32,8 @@ from mmseg.models import (
 from mmseg.structures import SegDataSample
 
 import mmseg_resnest
-from mmseg_resnest import ResNeSt
+from mmseg_resnest import ResNeSt, demo
+from mmseg_resnest.datasets import check_classes
 from mmseg_resnest.heads import AuthorsDeepLabV3Head, AuthorsFCNHead
 from mmseg_resnest.hooks import BatchNormCheckHook, ProgressBarHook
 from mmseg_resnest.metrics import IoUMetric
@@ -437,6 +438,31 @@ def check_step_and_prediction(cfg: Config, leaf: str) -> None:
         assert labels.min() >= 0
         assert labels.max() < num_classes
         assert torch.equal(labels, sample.seg_logits.data.argmax(0, keepdim=True))
+
+
+def test_the_demos_config_fits_its_data_set():
+    cfg = Config.fromfile(leaf_path(DEMO))
+    for loader in ('train_dataloader', 'val_dataloader', 'test_dataloader'):
+        assert cfg[loader].dataset.metainfo == dict(classes=demo.CLASSES, palette=demo.PALETTE)
+    assert cfg.model.decode_head.num_classes == len(demo.CLASSES)
+    assert cfg.model.data_preprocessor['size'] == demo.SIZE
+    classes = classes_of(cfg)
+    assert (classes['model.backbone'], classes['model.decode_head']) == (ResNeSt, PSPHead)
+    assert (classes['val_evaluator'], classes['train_dataloader.dataset']) == (IoUMetric, BaseSegDataset)
+
+
+@pytest.mark.parametrize('first', ['    _base_ =', '    from mmengine.config import read_base'])
+def test_the_documented_ways_to_inherit(first, tmp_path):
+    page = (ROOT / 'docs' / 'custom_dataset.md').read_text()
+    lines = page[page.rindex(first) :].splitlines()
+    end = next(i for i, line in enumerate(lines) if line and not line.startswith('    '))
+    (tmp_path / 'child.py').write_text('\n'.join(line[4:] for line in lines[:end]) + '\n')
+    cfg = Config.fromfile(tmp_path / 'child.py')
+    for loader in ('train_dataloader', 'val_dataloader', 'test_dataloader'):
+        assert tuple(cfg[loader].dataset.metainfo['classes']) == ('road', 'car', 'rest')
+        assert cfg[loader].dataset.data_root == 'data/mine'
+        assert cfg[loader].dataset.type == 'BaseSegDataset'
+        check_classes(loader, cfg)
 
 
 QUICK = ('deeplabv3_resnest50_ade20k', 'fcn_resnest50_ade20k_authors')

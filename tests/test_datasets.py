@@ -7,7 +7,7 @@ from mmengine.config import Config, ConfigDict
 from mmseg.datasets import BaseSegDataset, CityscapesDataset
 from mmseg.registry import DATASETS
 
-from mmseg_resnest.datasets import check_folders, datasets_of, set_data_root
+from mmseg_resnest.datasets import check_classes, check_folders, datasets_of, set_data_root
 
 
 @DATASETS.register_module()
@@ -80,7 +80,35 @@ def test_missing_root(root):
     assert message(ade(none)) == f'val_dataloader.dataset: data_root {str(none)!r} does not exist. {FIX}'
     assert message(ade(none), 'train_dataloader').startswith('train_dataloader.dataset: data_root')
     file = root / 'images/training/a.jpg'
-    assert f'data_root {str(file)!r} does not exist' in message(ade(file))
+    assert f'data_root {str(file)!r} is a file, not a folder. {FIX}' in message(ade(file))
+
+
+def test_linked_folders_are_followed(root):
+    (root / 'elsewhere').mkdir()
+    (root / 'images/training/a.jpg').rename(root / 'elsewhere/a.jpg')
+    assert 'holds no *.jpg' in message(ade(root))
+    (root / 'images/training/city').symlink_to(root / 'elsewhere')
+    check_folders('val_dataloader', ade(root))
+
+
+@pytest.mark.parametrize(
+    ('data_set', 'classes'),
+    [
+        (dict(type='ADE20KDataset'), 150),
+        (dict(type='BaseSegDataset', metainfo=dict(classes=('a', 'b', 'c'))), 3),
+        (dict(type='RepeatDataset', times=2, dataset=dict(type='CityscapesDataset')), 19),
+    ],
+)
+def test_heads_with_other_classes_are_refused(data_set, classes):
+    def config(decode: int, auxiliary: int) -> Config:
+        heads = dict(decode_head=dict(num_classes=decode), auxiliary_head=dict(num_classes=auxiliary))
+        return Config(dict(model=heads, test_dataloader=dict(dataset=data_set)))
+
+    check_classes('test_dataloader', config(classes, classes))
+    with pytest.raises(ValueError, match=f'model.decode_head.num_classes=7, but test_dataloader.dataset has {classes}'):
+        check_classes('test_dataloader', config(7, classes))
+    with pytest.raises(ValueError, match=r'model.auxiliary_head.num_classes=7, but'):
+        check_classes('test_dataloader', config(classes, 7))
 
 
 def test_empty_root(root):
@@ -118,7 +146,7 @@ def test_a_class_has_its_own_suffixes(root):
     labels = root / 'gtFine/train/zurich/a_gtFine_labelTrainIds.png'
     labels.rename(labels.with_name('a_gtFine_labelIds.png'))  # the official files, before their conversion
     assert message(cityscapes(root)) == (
-        f'val_dataloader.dataset: {root}/gtFine/train holds no *_gtFine_labelTrainIds.png (found: .png, zurich). {FIX}'
+        f'val_dataloader.dataset: {root}/gtFine/train holds no *_gtFine_labelTrainIds.png (found: .png). {FIX}'
     )
     check_folders('val_dataloader', cityscapes(root, seg_map_suffix='_gtFine_labelIds.png'))
     pure_python = cityscapes(root)

@@ -47,7 +47,7 @@ def test_the_tool_draws_what_a_test_wrote(tmp_path):
     (tmp_path / 'labels').mkdir()
     for i in range(3):
         cv2.imwrite(str(tmp_path / 'labels' / f'{i}.png'), np.full((48, 64), i, np.uint8))
-    classes = {f'class {i}': dict(IoU=10.0 * i, Acc=1.0) for i in range(CLASSES)}
+    classes = {f'class {i}': dict(IoU=10.0 * i or None, Acc=1.0) for i in range(CLASSES)}  # 0 does not occur
     content = dict(mIoU=50.0, classes=classes, config='configs/x.py')
     (tmp_path / 'result.json').write_text(json.dumps(content))
     arguments = ['--data-root', 'data', '--json', 'result.json', '--labels', 'labels', '--out', 'pictures']

@@ -20,7 +20,7 @@ from mmengine.registry import MODELS, init_default_scope
 from mmengine.structures import PixelData
 from mmseg.structures import SegDataSample
 
-import mmseg_resnest  # noqa: F401  (makes our configs resolvable)
+from mmseg_resnest import cli
 
 
 def make_batch(cfg: Config, device: str) -> dict:
@@ -63,15 +63,22 @@ def benchmark_training(cfg: Config, steps: int, device: str) -> dict[str, float]
     return dict(images_per_s=len(batch['inputs']) / median, ms=median * 1000, gib=gib, steps=steps)
 
 
-def main() -> None:
-    """Measures the configs one after the other and prints a line each."""
+def make_parser() -> argparse.ArgumentParser:
+    """Returns the tool's options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('task', choices=['train'])
     parser.add_argument('configs', nargs='+', type=Path, metavar='CONFIG')
     parser.add_argument('--steps', type=int, default=10, help='measured steps, after three others (default: 10)')
     parser.add_argument('--json', type=Path, metavar='FILE', help='write the figures there')
     parser.add_argument('--cfg-options', nargs='+', action=DictAction, default={}, metavar='KEY=VALUE')
-    args = parser.parse_args()
+    parser.add_argument('--debug', action='store_true', help='show the stack trace of an error')
+    return parser
+
+
+def benchmark(args: argparse.Namespace) -> None:
+    """Measures the configs one after the other and prints a line each."""
+    for path in args.configs:
+        cli.existing_file(path, 'config file', 'see configs/')
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
     print(f'{torch.cuda.get_device_name() if device == "cuda" else "CPU"}, torch {torch.__version__}')
     results = {}
@@ -86,4 +93,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    main()
+    cli.run(benchmark, make_parser())

@@ -1,6 +1,8 @@
 """The demo: generate the data set, train, test and draw the results, with the project's own tools.
 
-python tools/demo.py
+  python tools/demo.py
+
+It writes into data/demo and work_dirs/demo of the current folder. What is given to it goes to tools/train.py.
 """
 
 import os
@@ -9,8 +11,8 @@ import sys
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
-CONFIG = 'configs/pspnet_resnest14_demo.py'
+ROOT = Path(os.path.relpath(Path(__file__).parents[1]))
+CONFIG = str(ROOT / 'configs' / 'pspnet_resnest14_demo.py')
 DATA = 'data/demo'
 WORK_DIR = Path('work_dirs/demo')
 
@@ -18,9 +20,14 @@ WORK_DIR = Path('work_dirs/demo')
 def step(title: str, *command: str) -> None:
     """Says what comes and runs it; where it fails, the demo ends with its exit code."""
     print(f'\n==> {title}\n    python {" ".join(command)}', flush=True)
-    process = subprocess.run([sys.executable, *command], cwd=ROOT, env=os.environ | {'PYTHONWARNINGS': 'ignore'})
+    process = subprocess.run([sys.executable, *command], env=os.environ | {'PYTHONWARNINGS': 'ignore'})
     if process.returncode:
         sys.exit(process.returncode)
+
+
+def tool(name: str) -> str:
+    """Returns the path of one of the tools."""
+    return str(ROOT / 'tools' / f'{name}.py')
 
 
 def main() -> None:
@@ -29,12 +36,12 @@ def main() -> None:
     where = ('--work-dir', str(WORK_DIR))
     labels, result = WORK_DIR / 'labels', WORK_DIR / 'result.json'
     step('Generating street scenes', '-m', 'mmseg_resnest.demo', DATA)
-    step('Training PSPNet with ResNeSt-14 from scratch', 'tools/train.py', CONFIG, *where, '--seed', '0')
-    checkpoint = (ROOT / WORK_DIR / 'last_checkpoint').read_text()
+    step('Training PSPNet with ResNeSt-14 from scratch', tool('train'), CONFIG, *where, '--seed', '0', *sys.argv[1:])
+    checkpoint = (WORK_DIR / 'last_checkpoint').read_text()
     outputs = ('--json', str(result), '--out', str(labels))
-    step('Testing on the held-out scenes', 'tools/test.py', CONFIG, checkpoint, *where, *outputs)
+    step('Testing on the held-out scenes', tool('test'), CONFIG, checkpoint, *where, *outputs)
     inputs = ('--json', str(result), '--labels', str(labels))
-    step('Drawing the results', 'tools/report.py', CONFIG, *inputs, '--out', str(WORK_DIR))
+    step('Drawing the results', tool('report'), CONFIG, *inputs, '--out', str(WORK_DIR))
     print(f'\nDone in {time.monotonic() - start:.0f} s. Look at {WORK_DIR}/predictions.png and {WORK_DIR}/classes.png')
 
 

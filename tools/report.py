@@ -6,6 +6,7 @@ python tools/report.py CONFIG --json DIR/result.json --labels DIR/labels --out D
 
 import argparse
 import json
+import math
 from pathlib import Path
 
 import cv2
@@ -15,6 +16,7 @@ from mmengine.dataset import BaseDataset
 from mmseg.registry import DATASETS
 
 from mmseg_resnest import cli, report
+from mmseg_resnest.datasets import check_folders
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -42,8 +44,10 @@ def read_labels(path: Path, reduce_zero_label: bool) -> np.ndarray:
 
 def draw(args: argparse.Namespace) -> None:
     """Draws the scenes, spread over the data set, and the classes."""
-    dataset = build_dataset(cli.load_config(args, 'test_dataloader'))
-    result = json.loads(Path(cli.existing_file(args.json, 'result of tools/test.py')).read_text())
+    cfg = cli.load_config(args, 'test_dataloader')
+    check_folders('test_dataloader', cfg.test_dataloader.dataset)
+    dataset = build_dataset(cfg)
+    result = json.loads(Path(cli.existing_file(args.json, 'result', 'tools/test.py --json writes it')).read_text())
     args.out.mkdir(parents=True, exist_ok=True)
     scenes = []
     for index in np.linspace(0, len(dataset) - 1, min(args.scenes, len(dataset))).astype(int):
@@ -54,7 +58,7 @@ def draw(args: argparse.Namespace) -> None:
         scenes.append((image, truth, read_labels(predicted, dataset.reduce_zero_label)))
     classes, palette = dataset.metainfo['classes'], dataset.metainfo['palette']
     report.plot_predictions(scenes, classes, palette, args.out / 'predictions.png')
-    iou = {name: figures['IoU'] for name, figures in result['classes'].items()}
+    iou = {name: math.nan if figures['IoU'] is None else figures['IoU'] for name, figures in result['classes'].items()}
     title = f'{Path(result["config"]).stem}: IoU of each class'
     report.plot_classes(iou, result['mIoU'], palette, args.out / 'classes.png', title)
     print(f'Drew {args.out / "predictions.png"} and {args.out / "classes.png"}')

@@ -18,7 +18,7 @@ from mmengine.runner import Runner
 
 from mmseg_resnest import cli, launch
 from mmseg_resnest.checkpoints import load_strictly, model_weights, read_checkpoint
-from mmseg_resnest.datasets import check_folders
+from mmseg_resnest.datasets import check_classes, check_folders
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -49,8 +49,11 @@ def configure(cfg: Config, args: argparse.Namespace) -> None:
 def test(args: argparse.Namespace) -> None:
     """Builds the runner that the command line asks for, loads the checkpoint strictly and tests."""
     cfg = cli.load_config(args, 'test_dataloader')
-    cli.existing_file(args.checkpoint, 'checkpoint')
+    cli.existing_checkpoint(args.checkpoint)
+    if args.json and args.json.is_dir():
+        raise cli.UsageError(f'--json {args.json}: a folder; name a file in it')
     check_folders('test_dataloader', cfg.test_dataloader.dataset)
+    check_classes('test_dataloader', cfg)
     configure(cfg, args)
     cfg.load_from = None
     launch.set_launcher(cfg)

@@ -15,7 +15,7 @@ from mmengine.runner import Runner, find_latest_checkpoint
 
 from mmseg_resnest import cli, launch
 from mmseg_resnest.checkpoints import load_strictly, model_weights, read_checkpoint
-from mmseg_resnest.datasets import check_folders
+from mmseg_resnest.datasets import check_classes, check_folders
 
 DTYPES = {'bf16': 'bfloat16', 'fp16': 'float16', 'off': 'float32'}
 
@@ -59,17 +59,18 @@ def check_resumable(runner: Runner, path: str) -> None:
 def train(args: argparse.Namespace) -> None:
     """Builds the runner that the command line asks for and trains."""
     cfg = cli.load_config(args, 'train_dataloader')
-    check_folders('train_dataloader', cfg.train_dataloader.dataset)
-    if cfg.get('val_dataloader'):
-        check_folders('val_dataloader', cfg.val_dataloader.dataset)
+    for loader in ('train_dataloader', 'val_dataloader'):
+        if cfg.get(loader):
+            check_folders(loader, cfg[loader].dataset)
+            check_classes(loader, cfg)
     if args.amp:
         set_amp(cfg, args.amp)
     if args.seed is not None:
-        cfg.randomness = dict(seed=args.seed)
+        cfg.randomness = dict(cfg.get('randomness') or {}, seed=args.seed)
     if args.resume:
         cfg.resume = True
         newest = find_latest_checkpoint(cfg.work_dir) if args.resume is True else args.resume
-        cfg.load_from = newest and cli.existing_file(newest, 'checkpoint')
+        cfg.load_from = newest and cli.existing_checkpoint(newest)
     launch.set_launcher(cfg)
     runner = Runner.from_cfg(cfg)
     if args.resume and cfg.load_from:
