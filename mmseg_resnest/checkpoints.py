@@ -30,6 +30,7 @@ OFFICIAL = {
     'resnest50_fast_4s2x40d': '41d14ed0',
     'resnest50_fast_1s4x24d': 'd4a4f76f',
 }
+ORIGIN = 'mmseg_resnest'  # the key in a converted checkpoint's meta that says where it comes from
 FROM_SCRATCH = 'model.backbone.init_cfg=None'
 
 
@@ -175,6 +176,28 @@ def load_strictly(module: nn.Module, weights: Mapping[str, Tensor], source: str)
     module.load_state_dict(weights)
 
 
+def check_options(checkpoint: Mapping, model: nn.Module, source: str) -> None:
+    """Checks that a model computes what a converted checkpoint needs: pools have no keys that could fail to fit.
+
+    Args:
+        checkpoint: As read; one that was not converted asks for nothing.
+        model: A segmentation model.
+        source: The file, for the message.
+
+    Raises:
+        ValueError: An option differs, and the outputs would not be those of the weights' source.
+    """
+    origin = checkpoint.get('meta', {}).get(ORIGIN, {})
+    for key, needed in origin.get('options', {}).items():
+        part, name = key.split('.')
+        found = vars(getattr(model, part)).get(name, needed)  # a head's type is told by its keys
+        if found != needed:
+            raise ValueError(
+                f'{source} comes from {origin["source"]} and needs model.{key}={needed!r}, found {found!r}: '
+                'the outputs would be others. Set it in the config, or with --cfg-options.'
+            )
+
+
 def load_pretrained_backbone(
     backbone: nn.Module, checkpoint: str, prefix: str | None = None, map_location: str = 'cpu'
 ) -> None:
@@ -194,6 +217,9 @@ def load_pretrained_backbone(
     classifier = [key for key in weights if key.startswith('fc.')]
     for key in classifier:
         del weights[key]
+    graph = content.get('meta', {}).get(ORIGIN, {}).get('options', {}).get('backbone.graph')
+    if graph and backbone.output_stride < 32 and graph != backbone.graph:  # at 32 the graphs are one
+        raise ValueError(f'{checkpoint} needs model.backbone.graph={graph!r}, found {backbone.graph!r}')
     load_strictly(backbone, weights, checkpoint)
     dropped = f'; dropped the classifier: {", ".join(classifier)}' if classifier else ''
     print_log(f'Loaded pretrained {type(backbone).__name__} from {checkpoint}{dropped}', logger='current')

@@ -230,6 +230,7 @@ class ResNeSt(BaseModule):
             if type(value) is not int or value < 1:
                 raise ValueError(f'ResNeSt: {name}={value!r}; expected an integer of at least 1')
 
+        self.output_stride, self.graph = output_stride, graph
         self.out_indices = tuple(out_indices)
         self.norm_eval = norm_eval
         self.frozen_stages = frozen_stages

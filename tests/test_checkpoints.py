@@ -22,6 +22,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from mmseg_resnest import checkpoints
 from mmseg_resnest.checkpoints import (
     OFFICIAL,
+    ORIGIN,
+    check_options,
     load_pretrained_backbone,
     load_strictly,
     model_weights,
@@ -341,3 +343,19 @@ def test_pretrained_backbone_runs_no_code(tmp_path):
     with pytest.raises(ValueError, match='loaded safely'):
         load_pretrained_backbone(nn.Linear(1, 1), str(tmp_path / 'evil.pth'))
     assert not (tmp_path / 'made').exists()
+
+
+def test_options_of_a_converted_checkpoint_are_held_against_the_model():
+    model = nn.Module()
+    model.backbone, model.decode_head = nn.Module(), nn.Module()
+    model.backbone.graph, model.decode_head.align_corners = 'authors', True
+    options = {'backbone.graph': 'authors', 'decode_head.align_corners': True, 'decode_head.type': 'ASPPHead'}
+    content = dict(meta={ORIGIN: dict(source='encoding-fcn', options=options)})
+    check_options(content, model, 'x.pth')
+    check_options(dict(meta={}), model, 'x.pth')
+    check_options({}, model, 'x.pth')
+    model.decode_head.align_corners = False
+    with pytest.raises(
+        ValueError, match=r'x.pth comes from encoding-fcn and needs model.decode_head.align_corners=True, found False'
+    ):
+        check_options(content, model, 'x.pth')

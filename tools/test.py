@@ -17,7 +17,7 @@ from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
 
 from mmseg_resnest import cli, launch
-from mmseg_resnest.checkpoints import load_strictly, model_weights, read_checkpoint
+from mmseg_resnest.checkpoints import check_options, load_strictly, model_weights, read_checkpoint
 from mmseg_resnest.datasets import check_classes, check_folders
 
 
@@ -60,7 +60,9 @@ def test(args: argparse.Namespace) -> None:
     runner = Runner.from_cfg(cfg)
     model = runner.model.module if is_model_wrapper(runner.model) else runner.model
     model = model.module if args.tta else model
-    load_strictly(model, model_weights(read_checkpoint(args.checkpoint)), args.checkpoint)
+    checkpoint = read_checkpoint(args.checkpoint)
+    check_options(checkpoint, model, args.checkpoint)
+    load_strictly(model, model_weights(checkpoint), args.checkpoint)
     metrics = runner.test()
     if runner.rank == 0:
         report(metrics, runner, args)
