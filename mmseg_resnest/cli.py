@@ -65,7 +65,8 @@ def run(command: Callable[[argparse.Namespace], None], parser: argparse.Argument
 def _import_quietly() -> None:
     """Imports mmsegmentation, which prints a debug line to stdout for each optional package that is absent."""
     with contextlib.redirect_stdout(None):
-        import mmseg.datasets  # noqa: F401
+        import mmseg.datasets
+        import mmseg.models  # noqa: F401
 
 
 def _message(error: Exception) -> str:

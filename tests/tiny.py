@@ -89,6 +89,7 @@ class Tool:
 
 
 def _main(argv: list[str], cwd: str, env: dict[str, str], logs: list[Path]) -> None:
+    sys.stdout.flush()  # what the server had not written yet is not this tool's
     for fd, log in zip((1, 2), logs, strict=True):
         os.dup2(os.open(log, os.O_CREAT | os.O_WRONLY | os.O_TRUNC), fd)
     multiprocessing.set_start_method(None, force=True)  # as in a process that nothing has forked
