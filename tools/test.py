@@ -61,8 +61,8 @@ def test(args: argparse.Namespace) -> None:
     model = runner.model.module if is_model_wrapper(runner.model) else runner.model
     model = model.module if args.tta else model
     checkpoint = read_checkpoint(args.checkpoint)
-    check_options(checkpoint, model, args.checkpoint)
     load_strictly(model, model_weights(checkpoint), args.checkpoint)
+    check_options(checkpoint, model, args.checkpoint)  # parts that a model lacks are told by the keys
     metrics = runner.test()
     if runner.rank == 0:
         report(metrics, runner, args)
