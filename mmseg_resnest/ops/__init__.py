@@ -1,0 +1,5 @@
+"""Operations between low-resolution logits and a number or a label map; one public function a file."""
+
+from mmseg_resnest.ops.upsample_cross_entropy import upsample_cross_entropy
+
+__all__ = ['upsample_cross_entropy']
