@@ -1,4 +1,4 @@
-"""The hooks in real runs: what is refused before training, and what a terminal shows during it."""
+"""The hooks in real runs: what is refused before training, what stops it, and what a terminal shows during it."""
 
 import itertools
 import os
@@ -9,15 +9,23 @@ import sys
 import threading
 from contextlib import redirect_stderr, redirect_stdout
 
+import cv2
+import numpy as np
 import pytest
 import torch
+from mmengine.config import Config
 from mmengine.evaluator import BaseMetric
+from mmengine.hooks import CheckpointHook, Hook
 from mmengine.logging import MMLogger
 from mmengine.model import BaseModel
 from mmengine.runner import Runner
+from mmseg.registry import MODELS
+from tiny import CAMVID, OPTIONS, write_data_set
 from torch import nn
 
-from mmseg_resnest import ResNeSt
+from mmseg_resnest import ResNeSt, cli
+from mmseg_resnest.checkpoints import read_checkpoint
+from mmseg_resnest.hooks import NonFiniteHook, SampleCheckHook
 
 NAMES = (f'test_hooks_{i}' for i in itertools.count())
 
@@ -165,7 +173,9 @@ for convert in (nn.SyncBatchNorm.convert_sync_batchnorm, lambda model: model):
         answer = 'passes'
     except ValueError as error:
         answer = str(error)
-    print('answer', runner.world_size, type(runner.model.backbone.bn1).__name__, answer, flush=True)
+    found = ' '.join(['answer', str(runner.world_size), type(runner.model.backbone.bn1).__name__, answer])
+    sys.stdout.write(chr(10) + found + chr(10))  # at once: two processes write
+    sys.stdout.flush()
 """
 
 
@@ -198,6 +208,378 @@ def test_synchronised_batch_norm_of_one_process_is_refused(tmp_path):
 )
 def test_what_can_train_is_trained(tmp_path, batch_size, options):
     assert train_resnest(tmp_path, batch_size, **options) > 0
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Runs of a config, as tools/train.py makes them
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory):
+    return write_data_set(tmp_path_factory.mktemp('data') / 'data', training=6, validation=2)
+
+
+@MODELS.register_module()
+class NormedStem(nn.Sequential):
+    """A backbone of one layer with batch norm."""
+
+    def __init__(self):
+        super().__init__(nn.Conv2d(3, 4, 3, stride=4), nn.BatchNorm2d(4), nn.ReLU(inplace=True))
+
+    def forward(self, x):
+        return (super().forward(x),)
+
+
+HEAD = dict(in_channels=4, in_index=0, channels=4, num_convs=1)
+
+
+def config_runner(work_dir, data, *options, hooks=(), edit=lambda cfg: None):
+    """The Runner of CAMVID with a tiny model, seeded, for four iterations without validation."""
+    quiet = ['train_cfg.max_iters=4', 'train_cfg.val_interval=9', 'randomness.seed=0']
+    command = [str(CAMVID), '--work-dir', str(work_dir), '--data-root', str(data)]
+    args = cli.make_parser('').parse_args([*command, '--cfg-options', *OPTIONS, *quiet, *options])
+    cfg = cli.load_config(args, 'train_dataloader')
+    cfg.experiment_name = next(NAMES)
+    cfg.model.backbone = dict(type='NormedStem')
+    cfg.model.decode_head.update(HEAD, type='FCNHead')
+    cfg.model.decode_head.pop('pool_scales')
+    cfg.model.auxiliary_head.update(HEAD)
+    for loader in (cfg.train_dataloader, cfg.val_dataloader, cfg.test_dataloader):
+        loader.dataset.serialize_data = False  # which would collect garbage for a second
+    edit(cfg)
+    # Formatting the config for its copies takes most of a tiny run.
+    runner = Runner.from_cfg(Config(cfg.to_dict(), filename=cfg.filename, format_python_code=False))
+    for hook in hooks:
+        runner.register_hook(hook, priority='VERY_HIGH')
+    return runner
+
+
+def log_of(work_dir):
+    (file,) = work_dir.rglob('*.log')
+    return file.read_text()
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# SampleCheckHook
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def write_199(root, split, i):
+    file = str(root / f'annotations/{split}/{i}.png')
+    label = cv2.imread(file, cv2.IMREAD_UNCHANGED)
+    label[:8, :8] = 199
+    cv2.imwrite(file, label)
+
+
+@pytest.fixture
+def spoilt(tmp_path):
+    """A data set of which two samples of six to train are bad: a label with 199 and an empty image."""
+    root = write_data_set(tmp_path / 'data', training=6, validation=2)
+    write_199(root, 'training', 2)
+    (root / 'images/training/4.jpg').write_bytes(b'')
+    return root
+
+
+SKIP = 'default_hooks.samples.on_bad_sample=skip'
+
+
+def test_bad_training_sample_stops_the_run(spoilt, tmp_path):
+    with pytest.raises(ValueError, match=r'bad sample: image \S+/[24]\.jpg .*, label \S+/[24]\.png .*: ') as error:
+        config_runner(tmp_path / 'w', spoilt, 'train_cfg.max_iters=9').train()
+    assert str(error.value).endswith(f'Or skip bad samples in training: --cfg-options {SKIP}')
+
+
+@pytest.mark.parametrize('mode', ['val', 'test'])
+def test_bad_sample_stops_an_evaluation_whatever_is_asked(mode, spoilt, tmp_path):
+    write_199(spoilt, 'validation', 1)
+    with pytest.raises(ValueError, match=r'validation/1\.png .*values 199 at 64 pixels; expected 0-10 or 255') as error:
+        getattr(config_runner(tmp_path / 'w', spoilt, SKIP), mode)()
+    assert 'on_bad_sample' not in str(error.value)
+
+
+def check_skipped(work_dir):
+    """The log names each of the two bad samples once, when it was met, and counts them in the end."""
+    text = log_of(work_dir)
+    each = re.findall(r'WARNING - Skipped a bad sample: image (\S+)', text)
+    assert sorted(map(os.path.basename, each)) == ['2.jpg', '4.jpg']
+    ((total, different, listed),) = re.findall(
+        r'WARNING - Skipped (\d+) bad samples in training, (\d+) different:((?:\n  .*)+)', text
+    )
+    assert different == '2'
+    counts = {file: int(count) for count, file in re.findall(r'(\d+) times: image (\S+) \(', listed)}
+    assert counts.keys() == set(each)
+    # What the worker wrote as it met them is what is counted.
+    (file,) = work_dir.rglob('bad_samples_0.txt')
+    lines = file.read_text().splitlines()
+    assert {file: sum(f'image {file} (' in line for line in lines) for file in each} == counts
+    assert sum(counts.values()) == int(total)
+    return int(total)
+
+
+def test_bad_training_samples_are_skipped_counted_and_reported(spoilt, tmp_path):
+    runner = config_runner(tmp_path / 'w', spoilt, SKIP, 'train_cfg.max_iters=9')
+    runner.train()
+    assert runner.iter == 9
+    assert check_skipped(tmp_path / 'w') >= 6  # in three epochs
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('start', ['fork', 'spawn'])
+def test_workers_skip_and_are_counted(start, spoilt, tmp_path):
+    workers = ['num_workers=2', 'persistent_workers=True', f'multiprocessing_context={start}']
+    options = [f'train_dataloader.{option}' for option in workers]
+    runner = config_runner(tmp_path / 'w', spoilt, SKIP, 'train_cfg.max_iters=9', *options)
+    runner.train()
+    check_skipped(tmp_path / 'w')
+
+
+@pytest.mark.slow
+def test_message_of_a_worker(spoilt, tmp_path):
+    options = ['train_dataloader.num_workers=2', 'train_cfg.max_iters=9']
+    with pytest.raises(ValueError) as error:
+        config_runner(tmp_path / 'w', spoilt, *options).train()
+    assert re.match(
+        r'bad sample: image \S+/[24]\.jpg .*: .*skip$', cli._message(error.value).removeprefix('ValueError: ')
+    )
+
+
+def test_wrapped_data_sets_are_checked(spoilt, tmp_path):
+    def wrap(cfg):
+        inner = cfg.train_dataloader.dataset
+        twice = dict(type='RepeatDataset', times=2, dataset=inner)
+        cfg.train_dataloader.dataset = dict(type='ConcatDataset', datasets=[inner, twice])
+
+    with pytest.raises(ValueError, match=r'bad sample: image \S+/[24]\.jpg'):
+        config_runner(tmp_path / 'w', spoilt, 'train_cfg.max_iters=9', edit=wrap).train()
+
+
+def test_heads_say_which_label_is_ignored(data, tmp_path):
+    heads = [f'model.{head}.ignore_index=254' for head in ('decode_head', 'auxiliary_head')]
+    with pytest.raises(ValueError, match=r'values 255 at \d+ pixels; expected 0-10 or 254 \(ignored\)'):
+        config_runner(tmp_path / 'one', data, *heads).train()
+    with pytest.raises(ValueError, match=r'values 255 at \d+ pixels; expected 0-10\.'):
+        config_runner(tmp_path / 'two', data, heads[0]).train()
+
+
+def test_on_bad_sample_is_one_of_two():
+    with pytest.raises(ValueError, match="on_bad_sample='ignore'; expected stop or skip"):
+        SampleCheckHook('ignore')
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# NonFiniteHook
+# --------------------------------------------------------------------------------------------------------------------
+
+
+class Poison(Hook):
+    """Makes one value of a batch infinite, at the iterations named (counted from 1), and keeps the weights before."""
+
+    def __init__(self, *iterations):
+        self.iterations = iterations
+        self.states = {}
+
+    def before_train_iter(self, runner, batch_idx, data_batch=None):
+        self.states[runner.iter + 1] = state_of(runner)
+        if runner.iter + 1 in self.iterations:
+            data_batch['inputs'][1] = data_batch['inputs'][1].float()
+            data_batch['inputs'][1][0, 0, 0] = float('inf')
+
+
+def state_of(runner):
+    return {key: value.clone() for key, value in runner.model.state_dict().items()}
+
+
+def same(state, other):
+    return state.keys() == other.keys() and all(torch.equal(value, other[key]) for key, value in state.items())
+
+
+CHECKPOINTS = 'default_hooks.checkpoint.interval=2'
+SKIP_STEPS = 'default_hooks.nonfinite.action=skip'
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(data, tmp_path):
+    work_dir = tmp_path / 'w'
+    poison = Poison(3)
+    runner = config_runner(work_dir, data, CHECKPOINTS, hooks=[poison])
+    with pytest.raises(ValueError) as error:
+        runner.train()
+    text = str(error.value)
+    assert text.startswith('Iteration 3: the loss is not finite, the gradient norm nan (loss nan, decode.loss_ce nan, ')
+    files = re.search(r'^Images: (\S+), (\S+)$', text, re.M).groups()
+    assert all(file.startswith(f'{data}/images/training/') for file in files)
+    assert f'\nLast good checkpoint: {work_dir}/iter_2.pth\n' in text
+    step = work_dir / 'nonfinite_iter_3.pth'
+    command = f'python tools/reproduce_step.py {work_dir}/{CAMVID.name} {step}'
+    assert f'\nReproduce it with: {command}\n' in text
+    assert (work_dir / CAMVID.name).is_file()
+    assert SKIP_STEPS in text
+    # No step was made, and what the forward pass left in the batch norms was undone; no checkpoint was written.
+    assert same(state_of(runner), poison.states[3])
+    assert sorted(path.name for path in work_dir.glob('*.pth')) == ['iter_2.pth', step.name]
+    content = read_checkpoint(step)
+    assert same(content['state_dict'], poison.states[3])
+    (batch,) = content['step']['batches']
+    assert [sample['metainfo']['img_path'] for sample in batch['batch']['data_samples']] == list(files)
+    assert batch['batch']['inputs'][1][0, 0, 0] == float('inf')
+    assert np.isnan(batch['losses']['loss'])
+
+
+def test_no_checkpoint_yet(data, tmp_path):
+    with pytest.raises(ValueError, match='Iteration 1: the loss is not finite') as error:
+        config_runner(tmp_path / 'w', data, hooks=[Poison(1)]).train()
+    assert f'Last good checkpoint: none yet in {tmp_path}/w\n' in str(error.value)
+
+
+def test_an_infinite_learning_rate_stops_the_run_after_one_step(data, tmp_path):
+    options = ['optim_wrapper.optimizer.lr=1e36', 'param_scheduler=None', 'optim_wrapper.optimizer.weight_decay=0']
+    with pytest.raises(ValueError, match='Iteration 2: the loss is not finite') as error:
+        config_runner(tmp_path / 'w', data, *options).train()
+    assert 'no step was made' in str(error.value).lower()
+
+
+def test_skipped_steps_leave_no_trace(data, tmp_path):
+    poison = Poison(2, 4)
+    runner = config_runner(tmp_path / 'w', data, SKIP_STEPS, 'train_cfg.max_iters=5', hooks=[poison])
+    runner.train()
+    assert runner.iter == 5
+    states = poison.states
+    assert same(states[3], states[2])
+    assert same(states[5], states[4])
+    assert not same(states[4], states[3])
+    assert not same(state_of(runner), states[5])
+    assert all(value.isfinite().all() for value in state_of(runner).values())
+    text = log_of(tmp_path / 'w')
+    assert re.findall(r'WARNING - Iteration (\d): the loss is not finite', text) == ['2', '4']
+    assert text.count('The step was skipped.') == 2
+    assert 'Skipped 2 steps whose loss or gradient norm was not finite' in text
+    assert not list((tmp_path / 'w').glob('nonfinite*'))
+
+
+def test_skipped_steps_in_a_row_stop_the_run(data, tmp_path):
+    options = [SKIP_STEPS, 'default_hooks.nonfinite.limit=2', 'train_cfg.max_iters=6']
+    with pytest.raises(ValueError, match=r'Iteration 4: .*\n.*\nNo step was made, 2 times in a row; the'):
+        config_runner(tmp_path / 'w', data, *options, hooks=[Poison(1, 3, 4)]).train()
+    assert (tmp_path / 'w' / 'nonfinite_iter_4.pth').is_file()
+
+
+def test_accumulated_batches_are_all_kept(data, tmp_path):
+    poison = Poison(3)
+    options = ['optim_wrapper.accumulative_counts=2', 'train_cfg.max_iters=8']
+    with pytest.raises(ValueError, match='Iteration 4: the loss is not finite') as error:  # where the step is due
+        config_runner(tmp_path / 'w', data, *options, hooks=[poison]).train()
+    assert len(re.search('^Images: (.*)$', str(error.value), re.M)[1].split(', ')) == 4
+    content = read_checkpoint(tmp_path / 'w' / 'nonfinite_iter_4.pth')
+    assert same(content['state_dict'], poison.states[3])
+    losses = [batch['losses']['loss'] for batch in content['step']['batches']]
+    assert np.isnan(losses).tolist() == [True, False]
+
+
+def use_stock_wrapper(cfg):
+    cfg.optim_wrapper = dict(optimizer=cfg.optim_wrapper.optimizer)
+
+
+def test_stock_wrapper_stops_after_its_step(data, tmp_path):
+    with pytest.raises(ValueError, match='Iteration 3: the loss is not finite') as error:
+        config_runner(tmp_path / 'w', data, CHECKPOINTS, hooks=[Poison(3)], edit=use_stock_wrapper).train()
+    assert 'OptimWrapper has stepped with it: the weights are lost' in str(error.value)
+    assert f'Last good checkpoint: {tmp_path}/w/iter_2.pth' in str(error.value)
+    assert [path.name for path in (tmp_path / 'w').glob('*.pth')] == ['iter_2.pth']
+
+
+def test_stock_wrapper_cannot_skip(data, tmp_path):
+    with pytest.raises(ValueError, match="action='skip' cannot undo a step of OptimWrapper"):
+        config_runner(tmp_path / 'w', data, SKIP_STEPS, edit=use_stock_wrapper).train()
+
+
+def test_weights_that_are_not_finite_are_not_evaluated(data, tmp_path):
+    runner = config_runner(tmp_path / 'w', data)
+    runner.model.backbone[1].running_var[0] = float('nan')
+    with pytest.raises(ValueError, match=r'1 of \d+ tensors of the model are not finite .*backbone\.1\.running_var'):
+        runner.test()
+
+
+def test_a_full_disk_does_not_hide_what_has_happened(data, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError('No space left on device')
+
+    runner = config_runner(tmp_path / 'w', data, hooks=[Poison(1)])
+    monkeypatch.setattr(torch, 'save', full)
+    with pytest.raises(ValueError, match='Iteration 1: the loss is not finite') as error:
+        runner.train()
+    assert 'nonfinite_iter_1.pth: No space left on device' in str(error.value)
+
+
+def test_a_score_that_is_nan_is_never_the_best(tmp_path):
+    class Nan(Count):
+        def compute_metrics(self, results):
+            return dict(count=float('nan'))
+
+    runner = make_runner(tmp_path, Classifier(Stem(), 4), [], max_iters=3)
+    runner._val_evaluator = [Nan()]
+    (saver,) = (hook for hook in runner.hooks if isinstance(hook, CheckpointHook))
+    saver.__init__(by_epoch=False, save_best='images/count', rule='greater')
+    runner.train()
+    assert not list(tmp_path.glob('best*'))
+
+
+@pytest.mark.parametrize('options', [dict(action='warn'), dict(limit=0)])
+def test_options_of_the_hook(options):
+    with pytest.raises(ValueError, match='expected stop or skip, and at least 1'):
+        NonFiniteHook(**options)
+
+
+# Rank 1 alone sees a loss that is not finite, at the second iteration.
+TWO_RANKS = """
+import sys
+from pathlib import Path
+
+import torch.distributed
+
+sys.path.insert(0, {tests!r})
+from test_hooks import Poison, config_runner, state_of
+
+torch.distributed.init_process_group('gloo')
+rank = torch.distributed.get_rank()
+for action in ('stop', 'skip'):
+    gloo = ['launcher=pytorch', 'sync_bn=None', 'model_wrapper_cfg.type=MMDistributedDataParallel',
+            'model_wrapper_cfg.device_ids=None', 'model_wrapper_cfg.broadcast_buffers=False',
+            'default_hooks.nonfinite.action=' + action, 'train_cfg.max_iters=3']
+    poison = Poison(*[2] * rank)
+    runner = config_runner(Path(action).absolute(), {data!r}, *gloo, hooks=[poison])
+    try:
+        runner.train()
+        answer = 'trained ' + str(runner.iter)
+    except ValueError as error:
+        answer = str(error)
+    after = poison.states.get(3, state_of(runner))
+    kept = all(torch.equal(value, after[key]) for key, value in poison.states[2].items())
+    weights = torch.cat([p.detach().flatten() for p in runner.model.parameters()]).double().sum().item()
+    Path(action + str(rank)).write_text(chr(10).join([answer, str(kept), repr(weights)]))
+"""
+
+
+@pytest.mark.slow
+def test_two_ranks_agree(data, tmp_path):
+    (tmp_path / 'script.py').write_text(TWO_RANKS.format(tests=os.path.dirname(__file__), data=str(data)))
+    launch = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2']
+    done = subprocess.run([*launch, 'script.py'], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    answers = {}
+    for action in ('stop', 'skip'):
+        ranks = [(tmp_path / f'{action}{rank}').read_text().splitlines() for rank in (0, 1)]
+        (*first, kept, weights), (*second, kept_too, weights_too) = ranks
+        assert kept == kept_too == 'True'
+        assert weights == weights_too
+        assert np.isfinite(float(weights))
+        answers[action] = first, second
+    assert answers['skip'] == (['trained 3'], ['trained 3'])
+    first, second = answers['stop']
+    assert first[0].startswith('Iteration 2: the loss is not finite, the gradient norm nan (')
+    assert second[0].startswith('Iteration 2: the loss is not finite (on rank 1), the gradient norm nan (')
+    assert 'The loss of another rank is not finite' in first[4]
+    assert second[4].endswith(f'{tmp_path}/stop/nonfinite_iter_2_rank1.pth')
+    assert [path.name for path in (tmp_path / 'stop').glob('*.pth')] == ['nonfinite_iter_2_rank1.pth']
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -63,6 +63,63 @@ def test_equals_mmsegmentations(iou_metrics):
             assert value == pytest.approx(sum(present) / len(present), abs=0.005), name
 
 
+# -------------------------------------------------------------------------------------------- what cannot be counted
+
+
+def process(label, prediction, classes=CLASSES, **options):
+    metric = IoUMetric(iou_metrics=['mIoU'], **options)
+    metric.dataset_meta = dict(classes=classes)
+    sample = dict(
+        img_path='images/a.jpg',
+        seg_map_path='annotations/a.png',
+        gt_sem_seg=dict(data=torch.as_tensor(label)[None]),
+        pred_sem_seg=dict(data=torch.as_tensor(prediction)[None]),
+    )
+    metric.process({}, [sample])
+    return metric
+
+
+def test_labels_out_of_range_are_refused():
+    """Two classes, half of the labels 199, all the others right: mmsegmentation reports aAcc 100, mIoU 50."""
+    label = torch.tensor([[0, 1, 199, 199]])
+    with pytest.raises(ValueError) as error:
+        process(label, label % 199, classes=('road', 'car'))
+    assert str(error.value) == (
+        'annotations/a.png: the label has values 199 at 2 pixels; expected 0-1 or 255 (ignored). '
+        'Repair the label, or set the classes or reduce_zero_label'
+    )
+    process(label, label % 199, classes=('road', 'car'), ignore_index=199)
+
+
+@pytest.mark.parametrize('dtype', [torch.uint8, torch.int64])
+def test_labels_of_each_dtype(dtype):
+    label = torch.tensor([[0, 3, 255, 255]], dtype=dtype)
+    assert process(label, torch.tensor([[0, 3, 1, 2]])).evaluate(1)['mIoU'] == 100
+    with pytest.raises(ValueError, match='values 4, 254 at 2 pixels'):
+        process(torch.tensor([[0, 4, 254, 255]], dtype=dtype), torch.tensor([[0, 3, 1, 2]]))
+
+
+def test_a_label_of_another_size_is_refused():
+    with pytest.raises(ValueError) as error:
+        process(torch.zeros(3, 4, dtype=torch.int64), torch.zeros(4, 3, dtype=torch.int64))
+    assert str(error.value).startswith(
+        'annotations/a.png: the label is (3, 4), the prediction for images/a.jpg (4, 3) (height, width); expected the'
+    )
+
+
+def test_predictions_of_other_classes_are_refused():
+    with pytest.raises(
+        ValueError, match=r'images/a\.jpg: the prediction has values 17 at 1 pixels; expected 0-3: the mo'
+    ):
+        process(torch.tensor([[0, 1]]), torch.tensor([[0, 17]]))
+
+
+def test_without_labels_only_the_prediction_is_checked(tmp_path):
+    metric = process(torch.tensor([[0, 199]]), torch.tensor([[0, 1]]), format_only=True, output_dir=str(tmp_path))
+    assert (tmp_path / 'a.png').is_file()
+    assert metric.results == []
+
+
 def test_a_second_evaluation_replaces_the_first():
     metric, _ = evaluated(IoUMetric)
     metric.process({}, [dict(gt_sem_seg=dict(data=LABELS[:1]), pred_sem_seg=dict(data=LABELS[:1]))])

@@ -1,6 +1,7 @@
 """The optimiser wrapper: what it computes in, and that its steps are the optimiser's."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -109,9 +110,13 @@ def test_only_float16_scales_the_loss():
 def test_float16_skips_a_step_that_overflows():
     network, wrapper = make(dtype='float16', autocast_cpu=True)
     before = copy.deepcopy(network)
-    wrapper.update_params(loss_of(network, batches(1)[0] * 1e20))
+    loss = loss_of(network, batches(1)[0] * 1e17)
+    assert loss.isfinite()
+    assert not (loss * 2**16 * 1e17).isfinite()  # about a gradient
+    wrapper.update_params(loss)
     assert_same_parameters(network, before, rtol=0, atol=0)
     assert wrapper.loss_scaler.get_scale() == 2**15
+    assert wrapper.last_check.finite
     train(network, wrapper, batches(1))
     assert not torch.equal(network.second.weight, before.second.weight)
 
@@ -188,6 +193,91 @@ def test_unknown_dtype():
     with pytest.raises(ValueError) as error:
         make(dtype='fp16')
     assert str(error.value) == "AutocastOptimWrapper: dtype='fp16'; expected one of bfloat16, float16, float32"
+
+
+# ---------------------------------------------------------------------------------------------- what is not finite
+
+
+def infinite_gradient(network, x):
+    """A finite loss whose gradient is not: the slope of a square root at zero."""
+    return loss_of(network, x) + (network.second.bias * 0).sqrt().sum()
+
+
+@pytest.mark.parametrize('dtype', ['bfloat16', 'float32'])
+@pytest.mark.parametrize('clip_grad', [None, dict(max_norm=1.0), dict(type='value', clip_value=1.0)])
+@pytest.mark.parametrize('loss_of_step', [lambda n, x: loss_of(n, x) * float('inf'), infinite_gradient])
+def test_no_step_is_made_from_what_is_not_finite(dtype, clip_grad, loss_of_step):
+    network, wrapper = make(dtype=dtype, autocast_cpu=True, clip_grad=clip_grad and dict(clip_grad))
+    wrapper.raises = False
+    train(network, wrapper, batches(2))  # momentum
+    assert wrapper.last_check.finite
+    before = copy.deepcopy(network)
+    loss = loss_of_step(network, batches(1)[0])
+    wrapper.update_params(loss)
+    assert_same_parameters(network, before, rtol=0, atol=0)
+    assert all(p.grad is None for p in network.parameters())
+    check = wrapper.last_check
+    assert not check.finite
+    assert (
+        check.losses_finite == check.own_losses_finite == loss.isfinite().item() == (loss_of_step is infinite_gradient)
+    )
+    assert math.isnan(check.grad_norm) or math.isinf(check.grad_norm)
+    train(network, wrapper, batches(1))
+    assert wrapper.last_check.finite
+    assert not torch.equal(network.second.weight, before.second.weight)
+
+
+def test_what_is_not_finite_raises_unless_a_hook_looks_after_it():
+    network, wrapper = make(dtype='float32')
+    before = copy.deepcopy(network)
+    with pytest.raises(ValueError, match='no step was made: the loss is not finite, the gradient norm nan') as error:
+        wrapper.update_params(loss_of(network, batches(1)[0]) * float('nan'))
+    assert 'mmseg_resnest.NonFiniteHook' in str(error.value)
+    assert_same_parameters(network, before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize('clip_grad', [None, dict(max_norm=1e-3), dict(type='value', clip_value=1e-3)])
+def test_gradient_norm_is_that_before_clipping(clip_grad):
+    network, wrapper = make(dtype='float16', autocast_cpu=True, clip_grad=clip_grad)
+    exact = copy.deepcopy(network)
+    train(network, wrapper, batches(1))
+    loss_of(exact, batches(1)[0]).backward()
+    norm = torch.cat([p.grad.flatten() for p in exact.parameters()]).norm().item()
+    assert wrapper.last_check.grad_norm == pytest.approx(norm, rel=0.02)
+
+
+@pytest.mark.parametrize('bad', [0, 1])
+def test_one_loss_that_is_not_finite_spoils_all_that_accumulate(bad):
+    network, wrapper = make(dtype='float32', accumulative_counts=2)
+    wrapper.raises = False
+    before = copy.deepcopy(network)
+    for i, x in enumerate(batches(2)):
+        assert wrapper.last_check is None
+        wrapper.update_params(loss_of(network, x) * (float('inf') if i == bad else 1))
+    assert not wrapper.last_check.finite
+    assert_same_parameters(network, before, rtol=0, atol=0)
+    train(network, wrapper, batches(2))
+    assert wrapper.last_check.finite
+
+
+def test_float16_gradients_that_overflow_unscaled_are_not_the_scalers_business():
+    network, wrapper = make(dtype='float16', autocast_cpu=True)
+    wrapper.raises = False
+    before = copy.deepcopy(network)
+    checks = []
+    for _ in range(18):
+        wrapper.update_params(infinite_gradient(network, batches(1)[0]))
+        checks.append(wrapper.last_check.finite)
+    assert checks == [True] * 16 + [False] * 2  # the scales 2^16, ..., 2; then 1 and 1/2
+    assert_same_parameters(network, before, rtol=0, atol=0)
+
+
+def test_float16_loss_that_is_not_finite_is_not_the_scalers_business():
+    network, wrapper = make(dtype='float16', autocast_cpu=True)
+    wrapper.raises = False
+    wrapper.update_params(loss_of(network, batches(1)[0]) * float('nan'))
+    assert not wrapper.last_check.finite
+    assert wrapper.last_check.loss_scaler['scale'] == 2**16  # what the losses were scaled by
 
 
 @pytest.mark.gpu

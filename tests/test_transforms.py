@@ -1,0 +1,237 @@
+"""The pipeline that names a bad sample: each kind of bad file through mmsegmentation's own transforms."""
+
+import pickle
+
+import cv2
+import numpy as np
+import pytest
+from mmengine.dataset import Compose
+from mmseg.datasets import BaseSegDataset
+from mmseg.registry import TRANSFORMS
+from PIL import Image
+from tiny import CLASSES, SIZE, write_data_set
+
+from mmseg_resnest import transforms
+from mmseg_resnest.transforms import CheckedCompose, label_problem
+
+TRAINING = [
+    dict(type='LoadImageFromFile'),
+    dict(type='LoadAnnotations'),
+    dict(type='RandomCrop', crop_size=(32, 32)),
+    dict(type='PackSegInputs'),
+]
+TEST = [
+    dict(type='LoadImageFromFile'),
+    dict(type='Resize', scale=(32, 24), keep_ratio=True),
+    dict(type='LoadAnnotations'),
+    dict(type='PackSegInputs'),
+]
+
+
+def labels_as(array):
+    def write(image, label):
+        cv2.imwrite(str(label), array)
+
+    return write
+
+
+def cut(kind, keep):
+    def write(image, label):
+        path = dict(image=image, label=label)[kind]
+        content = path.read_bytes()
+        path.write_bytes(content[: int(len(content) * keep)])
+
+    return write
+
+
+def write_garbage(image, label):
+    image.write_bytes(np.random.default_rng(0).bytes(1000))
+
+
+def turn_by_exif(image, label):
+    picture = Image.open(image)
+    picture.load()
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be shown turned by 90 degrees
+    picture.save(image, exif=exif)
+
+
+def write_199(image, label):
+    values = cv2.imread(str(label), cv2.IMREAD_UNCHANGED)
+    values[:2, :3] = 199
+    values[5, 5] = CLASSES
+    cv2.imwrite(str(label), values)
+
+
+# What is done to a pair, and what its message says.
+BAD = {
+    'truncated image': (cut('image', 0.1), r'LoadImageFromFile failed: AssertionError: failed to load image'),
+    'garbage image': (
+        write_garbage,
+        r'\(1000 bytes\), .*LoadImageFromFile failed: AssertionError: failed to load image',
+    ),
+    'empty image': (cut('image', 0), r'0\.jpg \(0 bytes\), label .*LoadImageFromFile failed: error: .*buf'),
+    'missing image': (lambda image, label: image.unlink(), r'image \S+0\.jpg, label .*FileNotFoundError: .*0\.jpg'),
+    'empty label': (cut('label', 0), r'0\.png \(0 bytes\): LoadAnnotations failed: UnidentifiedImageError'),
+    'truncated label': (cut('label', 0.5), r'LoadAnnotations failed: \w+: .*(truncated|broken)'),
+    'label of another size': (
+        labels_as(np.zeros((40, 60), np.uint8)),
+        r'the label is 60x40, the image 64x48 .*; expected the same size\. Pair the right files',
+    ),
+    'image turned by EXIF': (turn_by_exif, r'the label is 64x48, the image 48x64 \(width x height, EXIF rotation'),
+    'label out of range': (
+        write_199,
+        r'the label has values 11, 199 at 7 pixels; expected 0-10 or 255 \(ignored\)\. Repair the label',
+    ),
+    'label in colour': (
+        labels_as(np.zeros((*SIZE, 3), np.uint8)),
+        r'the label has 3 channels \(shape \(48, 64, 3\)\); expected one',
+    ),
+}
+
+
+@pytest.fixture
+def data(tmp_path):
+    return write_data_set(tmp_path / 'data', training=4, validation=1)
+
+
+def make_data_set(root, pipeline, **options):
+    return BaseSegDataset(
+        metainfo=dict(classes=tuple(f'class {i}' for i in range(CLASSES))),
+        data_root=str(root),
+        data_prefix=dict(img_path='images/training', seg_map_path='annotations/training'),
+        pipeline=pipeline,
+        serialize_data=False,  # which would collect garbage for a second
+        **options,
+    )
+
+
+def checked(data_set, **options):
+    data_set.pipeline = CheckedCompose(data_set.pipeline.transforms, CLASSES, 255, **options)
+    return data_set
+
+
+def pair(root, i=0):
+    return root / f'images/training/{i}.jpg', root / f'annotations/training/{i}.png'
+
+
+@pytest.mark.parametrize('pipeline', [TRAINING, TEST], ids=['training', 'test'])
+@pytest.mark.parametrize('kind', BAD)
+def test_bad_sample_is_named(data, kind, pipeline):
+    data_set = checked(make_data_set(data, pipeline, test_mode=pipeline is TEST), advice=' ADVICE')
+    data_set[0]  # all is well
+    image, label = pair(data)
+    spoil, message = BAD[kind]
+    spoil(image, label)
+    with pytest.raises(ValueError, match=message) as error:
+        data_set[0]
+    text = str(error.value)
+    assert text.startswith(f'bad sample: image {image}')
+    assert str(label) in text
+    assert text.endswith(' ADVICE')
+    assert '\n' not in text
+    data_set[1]
+
+
+@pytest.mark.parametrize('pipeline', [TRAINING, TEST], ids=['training', 'test'])
+def test_good_samples_are_those_of_the_plain_pipeline(data, pipeline):
+    plain, ours = make_data_set(data, pipeline), checked(make_data_set(data, pipeline))
+    assert type(plain.pipeline) is Compose
+    for i in range(4):
+        np.random.seed(i)
+        expected = plain[i]
+        np.random.seed(i)
+        found = ours[i]
+        assert np.array_equal(found['inputs'], expected['inputs'])
+        assert np.array_equal(found['data_samples'].gt_sem_seg.data, expected['data_samples'].gt_sem_seg.data)
+
+
+def test_any_transform_that_fails_is_named(data):
+    pipeline = [*TRAINING[:2], dict(type='RandomRotate', prob=1.0, degree=5), lambda results: results['no such key']]
+    with pytest.raises(ValueError, match=r"bad sample: image \S+0\.jpg .*: function failed: KeyError: 'no such key'"):
+        checked(make_data_set(data, pipeline))[0]
+
+
+def test_a_pipeline_without_labels_is_left_alone(data):
+    write_199(*pair(data))
+    sample = checked(make_data_set(data, [TRAINING[0], TRAINING[3]]))[0]
+    assert sample['inputs'].shape == (3, *SIZE)
+
+
+def test_one_transform_that_loads_and_resizes_both(data):
+    """There the label is as large as the image is by then."""
+    inner = [TRANSFORMS.build(t) for t in (*TRAINING[:2], dict(type='Resize', scale=(32, 24)))]
+    sample = checked(make_data_set(data, [Compose(inner), TRAINING[3]]))[0]
+    assert sample['data_samples'].gt_sem_seg.shape == (24, 32)
+
+
+def test_labels_are_judged_after_reduce_zero_label(data):
+    image, label = pair(data)
+    labels_as(np.full(SIZE, CLASSES, np.uint8))(image, label)
+    data_set = checked(make_data_set(data, TRAINING, reduce_zero_label=True))
+    assert (data_set[0]['data_samples'].gt_sem_seg.data == CLASSES - 1).all()
+    labels_as(np.full(SIZE, CLASSES + 1, np.uint8))(image, label)
+    with pytest.raises(ValueError, match=r'values 11 at 3072 pixels; expected .* after reduce_zero_label \(0 is ign'):
+        data_set[0]
+
+
+@pytest.mark.parametrize(
+    ('values', 'classes', 'ignore_index', 'problem'),
+    [
+        ([0, 10, 255], 11, 255, ''),
+        ([0, 10, 254], 11, 254, ''),
+        ([0, 10, 255], 11, None, 'values 255 at 1 pixels; expected 0-10.'),
+        ([0, 10, 255], 11, 254, 'values 255 at 1 pixels; expected 0-10 or 254 (ignored).'),
+        ([0, 11, 200], None, None, ''),
+        ([-1, 2, 300], 11, 255, 'values -1, 300 at 2 pixels;'),
+        (list(range(20, 50)), 11, 255, 'values 20, 21, 22, 23, 24, 25, 26, 27, ... at 30 pixels;'),
+    ],
+)
+def test_values(values, classes, ignore_index, problem):
+    label = np.array([values], np.uint8 if max(values) < 256 and min(values) >= 0 else np.int64)
+    found = label_problem(dict(gt_seg_map=label, ori_shape=label.shape), classes, ignore_index)
+    assert problem in found
+    assert bool(found) == bool(problem)
+
+
+def test_skipping(data, tmp_path):
+    """Another sample comes in the place of a bad one, whose message is kept."""
+    write_199(*pair(data, 1))
+    skipped = tmp_path / 'skipped.txt'
+    data_set = checked(make_data_set(data, TRAINING), skipped=skipped)
+    np.random.seed(0)
+    files = [data_set[i]['data_samples'].img_path for i in (0, 1, 2, 1)]
+    good = [str(pair(data, i)[0]) for i in (0, 2, 3)]
+    assert files[0] == good[0]
+    assert files[2] == good[1]
+    assert {files[1], files[3]} <= set(good)
+    lines = skipped.read_text().splitlines()
+    assert len(lines) >= 2
+    assert len(set(lines)) == 1
+    assert lines[0].startswith(f'image {pair(data, 1)[0]} (')
+    assert 'values 11, 199 at 7 pixels' in lines[0]
+
+
+def test_all_samples_bad_is_an_error(data, tmp_path):
+    for i in range(4):
+        write_199(*pair(data, i))
+    skipped = tmp_path / 'skipped.txt'
+    with pytest.raises(ValueError, match=r'100 bad samples in a row, no good one between; the last: image .*values 11'):
+        checked(make_data_set(data, TRAINING), skipped=skipped)[0]
+    assert len(skipped.read_text().splitlines()) == transforms.MAX_BAD_IN_A_ROW - 1
+
+
+def test_bad_samples_with_good_ones_between_never_stop(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(transforms, 'MAX_BAD_IN_A_ROW', 2)
+    write_199(*pair(data, 1))
+    data_set = make_data_set(data, TRAINING)
+    data_set._rand_another = lambda: 0
+    data_set = checked(data_set, skipped=tmp_path / 'skipped.txt')
+    for _ in range(5):
+        assert data_set[1]['data_samples'].img_path.endswith('0.jpg')
+
+
+def test_goes_to_another_process(data):
+    pipeline = checked(make_data_set(data, TEST)).pipeline
+    copy = pickle.loads(pickle.dumps(pipeline))
+    assert (copy.classes, copy.ignore_index, len(copy.transforms)) == (CLASSES, 255, 4)
