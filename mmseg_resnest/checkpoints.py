@@ -1,18 +1,26 @@
 """Where weights come from, and how they are loaded: by name, safely, and strictly."""
 
-import hashlib
+import contextlib
 import os
 import pickle
-import urllib.error
-from collections.abc import Callable, Mapping
+import urllib.parse
+from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
+from logging import WARNING
 from pathlib import Path
 
 import numpy as np
 import torch
-from mmengine.dist import barrier
+from mmengine.hooks import Hook
 from mmengine.logging import HistoryBuffer, print_log
-from mmengine.runner import CheckpointLoader
+from mmengine.model import PretrainedInit, is_model_wrapper, update_init_info
+from mmengine.runner import CheckpointLoader, Runner
+from mmengine.runner import checkpoint as runner_checkpoint
 from torch import Tensor, nn
+
+from mmseg_resnest.download import DownloadError, download, verified
+from mmseg_resnest.options import built_options, command_line, differing_options
+from mmseg_resnest.variants import backbone_options
 
 SCHEME = 'resnest://'
 RELEASE = 'https://github.com/zhanghang1989/ResNeSt/releases/download/weights_step1'
@@ -37,49 +45,33 @@ FROM_SCRATCH = 'model.backbone.init_cfg=None'
 def official_file(name: str) -> Path:
     """Returns the verified file of one of the authors' checkpoints, downloading it if need be.
 
-    It is looked for in ``$RESNEST_WEIGHTS``, then in torch's cache, then downloaded there.
+    It is looked for in ``$RESNEST_WEIGHTS``, then in torch's cache, then downloaded there. Every process of a run may
+    ask at once: one downloads, the others wait for it.
 
     Args:
         name: A key of ``OFFICIAL``.
 
     Raises:
         ValueError: The name is not known, or a file's SHA-256 is not the one in its name.
-        FileNotFoundError: The file is not there and cannot be downloaded.
+        FileNotFoundError: The file is not there and cannot be downloaded, or ``$RESNEST_WEIGHTS`` is no folder.
     """
     if name not in OFFICIAL:
         raise ValueError(f'{SCHEME}{name}: no such checkpoint; expected one of {", ".join(OFFICIAL)}')
     file_name = f'{name}-{OFFICIAL[name]}.pth'
-    cache = Path(torch.hub.get_dir()) / 'checkpoints'
     given = os.environ.get('RESNEST_WEIGHTS')
-    for folder in [Path(given), cache] if given else [cache]:
-        if (folder / file_name).is_file():
-            return _verified(folder / file_name, OFFICIAL[name])
-    if os.environ.get('LOCAL_RANK', '0') == '0':  # one process a machine
-        _download(f'{RELEASE}/{file_name}', cache / file_name, OFFICIAL[name])
-    barrier()
-    return cache / file_name
-
-
-def _verified(path: Path, sha256_prefix: str) -> Path:
-    with path.open('rb') as file:
-        found = hashlib.file_digest(file, 'sha256').hexdigest()
-    if not found.startswith(sha256_prefix):
-        raise ValueError(
-            f'{path}: the file is damaged or another one: its SHA-256 begins with {found[:8]}, '
-            f'expected {sha256_prefix}. Delete it and get it again.'
-        )
-    return path
-
-
-def _download(url: str, path: Path, sha256_prefix: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    print_log(f'Downloading {url} to {path}', logger='current')
-    try:
-        # torch writes aside, verifies the hash and renames: a broken download is never taken for the file.
-        torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256_prefix)
-    except (urllib.error.URLError, OSError, RuntimeError) as error:
+    if given and not Path(given).is_dir():
         raise FileNotFoundError(
-            f'Pretrained weights {path.name} are wanted and could not be downloaded ({error}).\n'
+            f'RESNEST_WEIGHTS={given}: {"a file" if Path(given).exists() else "there is no such folder"}; '
+            f'expected the folder that holds {file_name}. Correct the variable, or unset it.'
+        )
+    if given and (Path(given) / file_name).is_file():
+        return verified(Path(given) / file_name, OFFICIAL[name])
+    url, path = f'{RELEASE}/{file_name}', Path(torch.hub.get_dir()) / 'checkpoints' / file_name
+    try:
+        return download(url, path, OFFICIAL[name])
+    except DownloadError as error:
+        raise FileNotFoundError(
+            f'Pretrained weights {file_name} are wanted and could not be downloaded ({error.reason}).\n'
             f'  Get   {url}\n'
             f'  into  {path.parent}  or a folder that $RESNEST_WEIGHTS names,\n'
             f'  or train from scratch:  --cfg-options {FROM_SCRATCH}'
@@ -87,13 +79,19 @@ def _download(url: str, path: Path, sha256_prefix: str) -> None:
 
 
 @CheckpointLoader.register_scheme(prefixes=SCHEME)
-def load_official(filename: str, map_location: str | None = None) -> dict:
+def load_from_authors(filename: str, map_location: str | None = None) -> dict:
     """Loads ``resnest://NAME``, one of ``OFFICIAL``, for any of MMEngine's loaders."""
     return read_checkpoint(official_file(filename.removeprefix(SCHEME)), map_location or 'cpu')
 
 
+# Whether files may be unpickled in full; set by guarded_loading.
+_pickle_allowed = ContextVar('_pickle_allowed', default=False)
+
+
 def read_checkpoint(path: str | Path, map_location: str = 'cpu') -> dict:
     """Reads a checkpoint file without running any code that it may carry.
+
+    Within ``guarded_loading(allow_pickle=True)`` what would be refused is unpickled in full, and the log says so.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -101,18 +99,42 @@ def read_checkpoint(path: str | Path, map_location: str = 'cpu') -> dict:
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f'{path}: there is no such checkpoint file')
+    if Path(path).suffix == '.safetensors':
+        return _read_safetensors(path, map_location)
     try:
         with torch.serialization.safe_globals(_harmless_types()):
             content = torch.load(path, map_location=map_location, weights_only=True)
     except Exception as error:  # a damaged file makes torch raise almost anything
-        raise ValueError(
-            f'{path}: not a checkpoint that can be loaded safely, or a damaged one ({_gist(error)}); '
-            'expected a file of torch.save with tensors and plain values'
-        ) from error
+        if not _pickle_allowed.get():
+            raise ValueError(
+                f'{path}: not a checkpoint that can be loaded safely, or a damaged one ({_gist(error)}); '
+                'expected a file of torch.save with tensors and plain values. Nothing in it was run. '
+                'Get it again, or, only if you trust it as a program, let it run its code with --allow-pickle.'
+            ) from error
+        content = _unpickle(path, map_location, _gist(error))
     weights = content.get('state_dict', content) if isinstance(content, Mapping) else content
     if not isinstance(weights, Mapping):
         raise ValueError(f'{path}: holds a {type(weights).__name__}; expected a state dict or a checkpoint')
     return content
+
+
+def _read_safetensors(path: str | Path, map_location: str) -> dict[str, Tensor]:
+    try:
+        from safetensors.torch import load_file
+    except ImportError as error:
+        raise ValueError(f'{path}: to read it the package safetensors is needed: pip install safetensors') from error
+    try:
+        return load_file(path, device=map_location)
+    except Exception as error:
+        raise ValueError(f'{path}: no safetensors file, or a damaged one ({error}). Get it again.') from error
+
+
+def _unpickle(path: str | Path, map_location: str, refusal: str) -> object:
+    print_log(f'{path}: unpickled in full, which runs any code in it (--allow-pickle): {refusal}', 'current', WARNING)
+    try:
+        return torch.load(path, map_location=map_location, weights_only=False)
+    except Exception as error:
+        raise ValueError(f'{path}: not a checkpoint, or a damaged one ({_gist(error)})') from error
 
 
 def _gist(error: Exception) -> str:
@@ -153,14 +175,36 @@ def load_strictly(module: nn.Module, weights: Mapping[str, Tensor], source: str)
     Raises:
         ValueError: Keys are missing, left over or of another shape; the message lists them.
     """
+    check_fit(module, weights, source)
+    module.load_state_dict(dict(weights))  # without versions, with which torch insists on batch norm's counters
+
+
+ADVICE = 'Use the config that the checkpoint was trained with, or the checkpoint that belongs to this config.'
+
+
+def check_fit(module: nn.Module, weights: Mapping[str, Tensor], source: str, advice: str = ADVICE) -> None:
+    """Checks that a state dict fits a module key by key.
+
+    As in torch's own strict loading, files from before torch 0.4.1 may lack batch norm's counters of batches.
+
+    Args:
+        module: What is to be filled.
+        weights: The state dict.
+        source: The file, for the message.
+        advice: What to do about a misfit, for the message.
+
+    Raises:
+        ValueError: Keys are missing, left over or of another shape; the message lists them.
+    """
     expected = module.state_dict()
     problems = {
-        'missing in the file': [key for key in expected if key not in weights],
+        'missing in the file': [
+            key for key in expected if key not in weights and not key.endswith('num_batches_tracked')
+        ],
         'left over in the file': [key for key in weights if key not in expected],
         'of another shape': [
-            f'{key}: {tuple(weights[key].shape)} in the file, {tuple(value.shape)} in the model'
-            for key, value in expected.items()
-            if key in weights and weights[key].shape != value.shape
+            f'{key}: {_shape(weights[key])} in the file, {_shape(expected[key])} in the model'
+            for key in other_shapes(module, weights)
         ],
     }
     listing = ''.join(
@@ -169,57 +213,210 @@ def load_strictly(module: nn.Module, weights: Mapping[str, Tensor], source: str)
         if keys
     )
     if listing:
-        raise ValueError(
-            f'{source} does not fit {type(module).__name__}:{listing}\n'
-            'Use the config that the checkpoint was trained with, or the checkpoint that belongs to this config.'
-        )
-    module.load_state_dict(weights)
+        raise ValueError(f'{source} does not fit {type(module).__name__}:{listing}\n{advice}')
+
+
+def other_shapes(module: nn.Module, weights: Mapping[str, Tensor]) -> list[str]:
+    """Returns the keys that a module and a state dict share, with different shapes."""
+    expected = module.state_dict()
+    return [key for key in expected if key in weights and _shape(weights[key]) != _shape(expected[key])]
+
+
+def _shape(value: object) -> tuple[int, ...]:
+    return tuple(getattr(value, 'shape', ()))  # somebody's state dict may hold plain numbers
 
 
 def check_options(checkpoint: Mapping, model: nn.Module, source: str) -> None:
-    """Checks that a model computes what a converted checkpoint needs: pools have no keys that could fail to fit.
+    """Checks that a model computes what a checkpoint is for: pools, for one, have no keys that could fail to fit.
 
     Args:
-        checkpoint: As read; one that was not converted asks for nothing.
-        model: A segmentation model.
-        source: The file, for the message.
+        checkpoint: As read. A converted one carries the options that it needs; of the authors' own the name tells
+            them; any other asks for nothing.
+        model: A segmentation model, or a backbone alone.
+        source: The checkpoint's file or ``resnest://NAME``.
 
     Raises:
-        ValueError: An option differs, and the outputs would not be those of the weights' source.
+        ValueError: Options differ, and the outputs would not be those of the weights' source; the message lists them.
     """
-    origin = checkpoint.get('meta', {}).get(ORIGIN, {})
-    for key, needed in origin.get('options', {}).items():
-        part, name = key.split('.')
-        found = vars(getattr(model, part)).get(name, needed)  # a head's type is told by its keys
-        if found != needed:
-            raise ValueError(
-                f'{source} comes from {origin["source"]} and needs model.{key}={needed!r}, found {found!r}: '
-                'the outputs would be others. Set it in the config, or with --cfg-options.'
-            )
+    origin = (checkpoint.get('meta') or {}).get(ORIGIN) or _official_origin(source)
+    differing = differing_options(model, origin.get('options', {}))
+    if differing:
+        needed = {key: origin['options'][key] for key in differing}
+        listing = ''.join(f'\n  model.{key}: {needed[key]!r} needed, {differing[key]!r} found' for key in differing)
+        raise ValueError(
+            f'{source} ({origin["source"]}) is for another model than this, whose outputs would be wrong:{listing}\n'
+            f'Change the config, or add:  {command_line(needed)}'
+        )
+
+
+def _official_origin(source: str) -> dict:
+    """What a converted file would say of itself, for one of the authors' files, as its name tells."""
+    for name, sha256_prefix in OFFICIAL.items():
+        if source == f'{SCHEME}{name}' or Path(source).name == f'{name}-{sha256_prefix}.pth':
+            return dict(source='official', options=backbone_options(name, 'authors'))
+    return {}
+
+
+def load_pretrained(
+    module: nn.Module, checkpoint: str, prefix: str | None = None, map_location: str = 'cpu'
+) -> Mapping:
+    """Loads pretrained weights strictly; a classifier's ``fc.*`` that the module has no place for is dropped and said.
+
+    Args:
+        module: What is to be filled.
+        checkpoint: ``resnest://NAME``, a file, or anything else that MMEngine's CheckpointLoader takes.
+        prefix: The module's name where the file holds a larger model, as ``'backbone'``.
+        map_location: Where the tensors are put first.
+
+    Returns:
+        The whole checkpoint.
+    """
+    if '://' in checkpoint:
+        with guarded_loading(_pickle_allowed.get()):
+            content = CheckpointLoader.load_checkpoint(checkpoint, map_location, logger='current')
+    else:
+        content = read_checkpoint(checkpoint, map_location)
+    weights = model_weights(content, f'{prefix.rstrip(".")}.' if prefix else '')
+    dropped = _drop_classifier(weights, module)
+    load_strictly(module, weights, f'{checkpoint} ({prefix})' if prefix else checkpoint)
+    print_log(f'Loaded pretrained {type(module).__name__} from {checkpoint}{dropped}', logger='current')
+    return content
+
+
+def _drop_classifier(weights: dict[str, Tensor], module: nn.Module) -> str:
+    """Removes an image classifier's last layer if the module has no place for it, and says so."""
+    classifier, expected = 'backbone.fc.' if hasattr(module, 'backbone') else 'fc.', module.state_dict()
+    dropped = [key for key in weights if key.startswith(classifier) and key not in expected]
+    for key in dropped:
+        del weights[key]
+    return f'; dropped the classifier: {", ".join(dropped)}' if dropped else ''
 
 
 def load_pretrained_backbone(
     backbone: nn.Module, checkpoint: str, prefix: str | None = None, map_location: str = 'cpu'
 ) -> None:
-    """Loads pretrained weights into a backbone strictly; a classifier's ``fc.*`` in the file is dropped and said.
+    """Loads pretrained weights into our backbone, as ``load_pretrained`` does, and checks the options they need."""
+    content = load_pretrained(backbone, checkpoint, prefix, map_location)
+    check_options(content, backbone, checkpoint)
+
+
+@contextlib.contextmanager
+def guarded_loading(allow_pickle: bool = False) -> Iterator[None]:
+    """Makes MMEngine's own loading safe and strict for a while; the tools run in it.
+
+    Within, every scheme of its CheckpointLoader reads as ``read_checkpoint`` does, where its own ``_safe_torch_load``
+    falls back to running a file's code and ``load_url`` does so at once; and ``init_cfg=dict(type='Pretrained')`` of
+    any module is loaded strictly.
 
     Args:
-        backbone: The module to fill.
-        checkpoint: ``resnest://NAME``, a file, or anything else that MMEngine's CheckpointLoader takes.
-        prefix: The backbone's name where the file holds a larger model, as ``'backbone'``.
-        map_location: Where the tensors are put first.
+        allow_pickle: Whether files that ``read_checkpoint`` refuses are unpickled in full, which runs any code in them.
     """
-    if '://' in checkpoint:
-        content = CheckpointLoader.load_checkpoint(checkpoint, map_location, logger='current')
-    else:
-        content = read_checkpoint(checkpoint, map_location)
-    weights = model_weights(content, f'{prefix.rstrip(".")}.' if prefix else '')
-    classifier = [key for key in weights if key.startswith('fc.')]
-    for key in classifier:
-        del weights[key]
-    graph = content.get('meta', {}).get(ORIGIN, {}).get('options', {}).get('backbone.graph')
-    if graph and backbone.output_stride < 32 and graph != backbone.graph:  # at 32 the graphs are one
-        raise ValueError(f'{checkpoint} needs model.backbone.graph={graph!r}, found {backbone.graph!r}')
-    load_strictly(backbone, weights, checkpoint)
-    dropped = f'; dropped the classifier: {", ".join(classifier)}' if classifier else ''
-    print_log(f'Loaded pretrained {type(backbone).__name__} from {checkpoint}{dropped}', logger='current')
+    ours = {
+        (runner_checkpoint, '_safe_torch_load'): read_checkpoint,
+        (runner_checkpoint, 'load_url'): _read_url,
+        (PretrainedInit, '__call__'): _initialise_strictly,
+    }
+    with contextlib.ExitStack() as stack:
+        stack.callback(_pickle_allowed.reset, _pickle_allowed.set(allow_pickle))
+        for (owner, name), function in ours.items():
+            stack.callback(setattr, owner, name, getattr(owner, name))
+            setattr(owner, name, function)
+        yield
+
+
+def _read_url(url: str, model_dir: str | None = None, map_location: str = 'cpu', progress: bool = True) -> dict:
+    folder = Path(model_dir or Path(torch.hub.get_dir()) / 'checkpoints')
+    return read_checkpoint(download(url, folder / Path(urllib.parse.urlparse(url).path).name), map_location)
+
+
+def _initialise_strictly(self: PretrainedInit, module: nn.Module) -> None:
+    content = load_pretrained(module, self.checkpoint, self.prefix, self.map_location)
+    if hasattr(module, 'decode_head') and not self.prefix:
+        check_options(content, module, self.checkpoint)
+    if hasattr(module, '_params_init_info'):
+        update_init_info(module, init_info=self._get_init_info())
+
+
+class StrictLoading(Hook):
+    """Holds the checkpoint from which a run starts against the model, before MMEngine loads it, which is not strict.
+
+    In the checkpoints of the run it notes the options that no key or shape tells, for ``check_options``.
+
+    Args:
+        source: The file, for the messages.
+        resume: Whether the run goes on from it, with its optimiser and its iteration.
+        fine_tune: Whether the classifiers (``conv_seg`` of each head) start fresh.
+    """
+
+    priority = 'VERY_HIGH'  # before EMAHook takes its copy
+
+    def __init__(self, source: str, resume: bool = False, fine_tune: bool = False) -> None:
+        self.source, self.resume, self.fine_tune = source, resume, fine_tune
+
+    def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        """Leaves in the checkpoint what is to be loaded, and raises a ValueError if that does not fit."""
+        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        if self.resume:
+            _check_resumable(checkpoint, self.source)
+        weights = checkpoint.get('state_dict', checkpoint)
+        _check_has_heads(weights, model, self.source)
+        print_log(f'Starting from {self.source}{_drop_classifier(weights, model)}', 'current')
+        advice, others = ADVICE, other_shapes(model, weights)
+        if self.fine_tune:
+            _start_classifiers_fresh(weights, model)
+        elif others and not self.resume and all('.conv_seg.' in key for key in others):
+            advice = f'For other classes --fine-tune {self.source} loads all but the classifiers, which start fresh.'
+        check_fit(model, weights, self.source, advice)
+        check_options(checkpoint, model, self.source)
+        compare_classes(checkpoint, runner.train_dataloader.dataset.metainfo, self.source)
+
+    def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        """Adds the options that the model was built with."""
+        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        checkpoint['meta'][ORIGIN] = dict(source='a run of this package', options=built_options(model))
+
+
+def _check_resumable(checkpoint: Mapping, source: str) -> None:
+    missing = {'meta', 'message_hub', 'optimizer'} - checkpoint.keys()
+    if missing:
+        raise ValueError(f'{source}: no checkpoint of a training run: it has no {", no ".join(sorted(missing))}')
+    if 'config' in checkpoint['meta']:  # never written by MMEngine, and run by it as Python
+        raise ValueError(f'{source}: its meta.config is code, which MMEngine would run; no training run writes it')
+
+
+def _check_has_heads(weights: Mapping, model: nn.Module, source: str) -> None:
+    parts = {key.split('.')[0] for key in weights}
+    of_backbone = dict(getattr(model, 'backbone', nn.Module()).named_children())
+    if 'decode_head' not in parts and parts & {'backbone', *of_backbone}:
+        prefix = ', prefix="backbone."' if 'backbone' in parts else ''
+        raise ValueError(
+            f'{source} holds a backbone and no decode_head; expected a whole segmentor. Load it into the backbone: '
+            f'model.backbone.init_cfg=dict(type="Pretrained", checkpoint="{source}"{prefix})'
+        )
+
+
+def _start_classifiers_fresh(weights: dict, model: nn.Module) -> None:
+    """Puts the model's own classifiers into a state dict in the place of the file's."""
+    own = model.state_dict()
+    for name in [name for name, _ in model.named_modules() if name.endswith('.conv_seg')]:
+        count = len(weights[f'{name}.weight']) if f'{name}.weight' in weights else 'none'
+        print_log(f'{name} starts fresh: {count} classes in the file, {len(own[f"{name}.weight"])} here', 'current')
+        weights.update({key: value for key, value in own.items() if key.startswith(f'{name}.')})
+
+
+def compare_classes(checkpoint: Mapping, metainfo: Mapping, source: str) -> None:
+    """Warns, in the log, if a checkpoint was trained for other classes than a data set's, be it as many.
+
+    Args:
+        checkpoint: As read; MMEngine's say their classes, and so do converted ones where they are known.
+        metainfo: The data set's.
+        source: The file, for the message.
+    """
+    theirs = ((checkpoint.get('meta') or {}).get('dataset_meta') or {}).get('classes')
+    ours = metainfo.get('classes')
+    if theirs and ours and list(theirs) != list(ours):
+        print_log(
+            f'{source} was trained for other classes: {", ".join(theirs)}; the data set has {", ".join(ours)}',
+            'current',
+            WARNING,
+        )

@@ -12,6 +12,7 @@ from pathlib import Path
 from mmengine.config import Config, DictAction
 from mmengine.runner import Runner
 
+from mmseg_resnest.checkpoints import guarded_loading
 from mmseg_resnest.datasets import set_data_root
 
 
@@ -47,12 +48,26 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     return parser
 
 
+def add_allow_pickle(parser: argparse.ArgumentParser) -> None:
+    """Adds the option that lets checkpoints run code; ``run`` heeds it."""
+    parser.add_argument(
+        '--allow-pickle',
+        action='store_true',
+        help='unpickle in full a checkpoint that holds more than tensors and plain values: it may then run ANY CODE AS '
+        'YOU, so only if you trust it as a program that you would start (default: such a file is refused unread)',
+    )
+
+
 def run(command: Callable[[argparse.Namespace], None], parser: argparse.ArgumentParser) -> None:
-    """Runs a command and turns an exception into one message: exit code 2 for usage errors, 1 for the rest."""
+    """Runs a command and turns an exception into one message: exit code 2 for usage errors, 1 for the rest.
+
+    Whatever loads checkpoints during the command does so safely and strictly, MMEngine's own loaders too.
+    """
     args = parser.parse_args()
     _import_quietly()
     try:
-        command(args)
+        with guarded_loading(getattr(args, 'allow_pickle', False)):
+            command(args)
     except Exception as error:
         if args.debug:
             traceback.print_exc()
@@ -109,7 +124,10 @@ def load_config(args: argparse.Namespace, loader: str) -> Config:
 
 # What is read of a config beside the Runner's arguments. Other names are a config's own helpers: what was built from
 # them stays as it was.
-_READ = ('sync_bn', 'find_unused_parameters', 'model_wrapper_cfg', 'tta_model', 'tta_pipeline', 'compile')
+_READ = (
+    *('sync_bn', 'find_unused_parameters', 'model_wrapper_cfg', 'compile'),
+    *('tta_model', 'tta_pipeline', 'authors_tta_model'),
+)
 _READ_ELSEWHERE = {
     'data_root': '--data-root DIR',
     'metainfo': 'train_dataloader.dataset.metainfo, and val_ and test_dataloader',

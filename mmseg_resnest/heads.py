@@ -88,6 +88,7 @@ class AuthorsDeepLabV3Head(_AuthorsHead):
 
     def __init__(self, *, dilations: Sequence[int] = (12, 24, 36), norm_cfg: dict | None = None, **kwargs) -> None:
         super().__init__(norm_cfg=norm_cfg, **kwargs)
+        self.dilations = tuple(dilations)
         self.aspp = ASPP(self.in_channels, self.channels, dilations, self.norm_cfg)
         self.block = self._block(self.channels)
 

@@ -16,18 +16,10 @@ from torch.utils.checkpoint import checkpoint
 
 from mmseg_resnest.checkpoints import load_pretrained_backbone
 from mmseg_resnest.registry import MODELS
+from mmseg_resnest.variants import ARCHITECTURES
 
 Norm = Callable[[int], nn.Module]
 
-# depth -> (blocks of the four stages, width of the stem)
-ARCHITECTURES = {
-    14: ((1, 1, 1, 1), 32),
-    26: ((2, 2, 2, 2), 32),
-    50: ((3, 4, 6, 3), 32),
-    101: ((3, 4, 23, 3), 64),
-    200: ((3, 24, 36, 3), 64),
-    269: ((3, 30, 48, 8), 64),
-}
 # output stride -> (strides, dilations) of the four stages
 LAYOUTS = {
     8: ((1, 2, 1, 1), (1, 1, 2, 4)),
@@ -230,7 +222,9 @@ class ResNeSt(BaseModule):
             if type(value) is not int or value < 1:
                 raise ValueError(f'ResNeSt: {name}={value!r}; expected an integer of at least 1')
 
-        self.output_stride, self.graph = output_stride, graph
+        # What check_options compares with what a checkpoint needs.
+        self.depth, self.output_stride, self.graph = depth, output_stride, graph
+        self.radix, self.groups, self.base_width, self.avd_first = radix, groups, base_width, avd_first
         self.out_indices = tuple(out_indices)
         self.norm_eval = norm_eval
         self.frozen_stages = frozen_stages

@@ -1,11 +1,15 @@
 """What the command lines share: options, configs, and errors that a reader can act on."""
 
 import argparse
+import contextlib
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from mmengine.config import Config
+from mmengine.runner import CheckpointLoader
+from tiny import Payload
 
 from mmseg_resnest import cli
 
@@ -145,7 +149,7 @@ def test_half_a_config_is_refused(tmp_path):
         ('modell.backbone.depth=50', 'nothing reads modell at the top of a config; did you mean model?'),
         ('train_dataloder.batch_size=2', 'nothing reads train_dataloder at the top of a config; did you mean train_d'),
         ('sync_nb=None', 'nothing reads sync_nb at the top of a config; did you mean sync_bn?'),
-        ('qqq=1', 'nothing reads qqq at the top of a config; there are auto_scale_lr, '),
+        ('qqq=1', 'nothing reads qqq at the top of a config; there are authors_tta_model, '),
         # Helpers of the config itself: what was built from them stays.
         ('data_root=x', 'nothing reads data_root at the top of a config; use --data-root DIR'),
         ('train_pipeline.2.scale=1', 'nothing reads train_pipeline at the top of a config; use train_dataloader.dat'),
@@ -233,6 +237,22 @@ def test_command_that_succeeds_gets_its_options(monkeypatch, capsys):
     seen = []
     assert ended(seen.append, monkeypatch, capsys, '--work-dir', 'w') == (0, '')
     assert (seen[0].config, seen[0].work_dir) == ('c.py', 'w')
+
+
+@pytest.mark.parametrize('words', [(), ('--allow-pickle',)])
+def test_a_command_loads_safely_unless_it_is_told_otherwise(words, monkeypatch, tmp_path):
+    torch.save({'a': Payload(tmp_path / 'made')}, tmp_path / 'evil.pth')
+
+    def command(args):
+        with contextlib.nullcontext() if args.allow_pickle else pytest.raises(ValueError, match='loaded safely'):
+            CheckpointLoader.load_checkpoint(str(tmp_path / 'evil.pth'))
+
+    parser = cli.make_parser('A tool.')
+    cli.add_allow_pickle(parser)
+    monkeypatch.setattr(sys, 'argv', ['tools/tool.py', 'c.py', *words])
+    cli.run(command, parser)
+    assert (tmp_path / 'made').exists() == bool(words)
+    assert 'may then run ANY CODE AS YOU' in ' '.join(parser.format_help().split())
 
 
 @pytest.mark.parametrize('error', [KeyboardInterrupt(), SystemExit(5)])

@@ -1,21 +1,38 @@
 """Key tables: what is converted computes what its source computes; what is not known is an error."""
 
+import argparse
+import hashlib
+import itertools
+import shlex
 from pathlib import Path
 
 import mmpretrain.models
+import mmseg.datasets
 import mmseg.models
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from mmengine import Config
+from mmengine import Config, DictAction
 from mmengine.registry import DefaultScope
-from mmseg.registry import MODELS
+from mmseg.registry import DATASETS, MODELS
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmseg_resnest import ResNeSt
-from mmseg_resnest.key_maps import SOURCES, convert, recognise
+from mmseg_resnest.checkpoints import OFFICIAL, ORIGIN, check_options, load_pretrained_backbone, load_strictly
+from mmseg_resnest.key_maps import (
+    ENCODING,
+    SOURCES,
+    TIMM,
+    clue_of_hash,
+    clue_of_name,
+    convert,
+    model_options,
+    needed_options,
+    recognise,
+)
+from mmseg_resnest.variants import ARCHITECTURES, VARIANTS, fitting_variants, read_architecture
 
 TOLERANCE = 1e-9
 CLASSES = 5
@@ -25,6 +42,14 @@ LAYOUTS = {
     32: dict(strides=(1, 2, 2, 2), dilations=(1, 1, 1, 1)),
 }
 output_strides = pytest.mark.parametrize('output_stride', LAYOUTS)
+
+
+def cases(names, quick):
+    """Every name at every output stride; what is not among the quick ones is slow."""
+    marks = {case: [] if case in quick else [pytest.mark.slow] for case in itertools.product(names, LAYOUTS)}
+    return pytest.mark.parametrize(
+        ('name', 'output_stride'), [pytest.param(*case, marks=marks[case]) for case in marks]
+    )
 
 
 def make_images():
@@ -66,11 +91,10 @@ def assert_same(ours, theirs):
         assert (a - b).abs().max() <= TOLERANCE * scale
 
 
-def converted_backbone(state, source, depth, output_stride):
+def converted_backbone(state, source, output_stride, **architecture):
     """Our backbone in the source's graph, with its weights, and the keys that were dropped."""
     weights, dropped = convert(state, source)
-    graph = SOURCES[source].options['backbone.graph']
-    backbone = ResNeSt(depth, output_stride=output_stride, graph=graph).double().eval()
+    backbone = ResNeSt(output_stride=output_stride, graph=SOURCES[source].graph, **architecture).double().eval()
     backbone.load_state_dict(weights, strict=True)
     return backbone, dropped
 
@@ -80,18 +104,17 @@ def converted_backbone(state, source, depth, output_stride):
 # --------------------------------------------------------------------------------------------------------------------
 
 
-@output_strides
+@cases(['resnest26d', 'resnest50d_4s2x40d', 'resnest50d_1s4x24d'], quick=[('resnest26d', 8)])
 @torch.no_grad()
-def test_timm(output_stride):
+def test_timm(name, output_stride):
     images = make_images()
-    theirs = randomise(
-        timm.create_model('resnest26d', num_classes=CLASSES, output_stride=output_stride), lambda m: m(images)
-    )
-    ours, dropped = converted_backbone(theirs.state_dict(), 'timm', 26, output_stride)
+    theirs = randomise(timm.create_model(name, num_classes=CLASSES, output_stride=output_stride), lambda m: m(images))
+    ours, dropped = converted_backbone(theirs.state_dict(), 'timm', output_stride, **VARIANTS[TIMM[name]])
     assert dropped == ['fc.weight', 'fc.bias']
     assert_same(ours(images), theirs.forward_intermediates(images, indices=[1, 2, 3, 4], intermediates_only=True))
 
 
+@pytest.mark.slow
 @output_strides
 @torch.no_grad()
 def test_mmseg_backbone(output_stride):
@@ -105,11 +128,12 @@ def test_mmseg_backbone(output_stride):
         **LAYOUTS[output_stride],
     )
     randomise(theirs, lambda m: m(images))
-    ours, dropped = converted_backbone(theirs.state_dict(), 'mmseg', 50, output_stride)
+    ours, dropped = converted_backbone(theirs.state_dict(), 'mmseg', output_stride, depth=50)
     assert dropped == []
     assert_same(ours(images), theirs(images))
 
 
+@pytest.mark.slow
 @output_strides
 @torch.no_grad()
 def test_mmpretrain(output_stride):
@@ -121,7 +145,7 @@ def test_mmpretrain(output_stride):
         theirs = mmpretrain.models.ImageClassifier(backbone, head=head)
         dilated = mmpretrain.models.build_backbone(backbone | LAYOUTS[output_stride])
     randomise(theirs, lambda m: m.backbone(images))
-    ours, dropped = converted_backbone(theirs.state_dict(), 'mmpretrain', 50, output_stride)
+    ours, dropped = converted_backbone(theirs.state_dict(), 'mmpretrain', output_stride, depth=50)
     assert dropped == ['head.fc.weight', 'head.fc.bias']
     dilated.double().eval()
     # Without a pool the shortcut's layers move up by one place; their order stays.
@@ -144,20 +168,20 @@ def logits(model, images):
     return [head.predict(features, metas, model.test_cfg) for head in (model.decode_head, model.auxiliary_head)]
 
 
-def converted_model(state, source, cfg, depth, output_stride):
-    """The config's model with our backbone, the options of the source and its weights; and the keys dropped."""
-    options = dict(SOURCES[source].options)
-    if output_stride != 8:  # the source's own
-        options['backbone.output_stride'] = output_stride
-    cfg = Config(cfg | dict(backbone=dict(type='mmseg_resnest.ResNeSt', depth=depth)))
-    cfg.merge_from_dict(options)
-    model = MODELS.build(cfg.to_dict()).double().eval()
+def converted_model(state, source, variant, output_stride):
+    """The model that the source's tables describe, with its weights; and the keys dropped."""
     weights, dropped = convert(state, source)
+    cfg = Config()
+    options = model_options(source, variant, weights)
+    assert options['backbone.output_stride'] == 8  # the source's own
+    cfg.merge_from_dict(options | {'backbone.output_stride': output_stride})
+    model = MODELS.build(cfg).double().eval()
     model.load_state_dict(weights, strict=True)
     return model, dropped
 
 
-@pytest.mark.parametrize('output_stride', [8, pytest.param(32, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@output_strides
 @pytest.mark.parametrize('name', ['fcn', 'pspnet', 'deeplabv3', 'deeplabv3plus'])
 @torch.no_grad()
 def test_mmseg_model(name, output_stride):
@@ -170,7 +194,7 @@ def test_mmseg_model(name, output_stride):
         cfg[head] |= dict(channels=16, num_classes=CLASSES, norm_cfg=dict(type='BN'))
     theirs = randomise(MODELS.build(cfg), lambda m: logits(m, images))
     assert recognise(theirs.state_dict()) == [f'mmseg-{name}']
-    ours, dropped = converted_model(theirs.state_dict(), f'mmseg-{name}', cfg, 50, output_stride)
+    ours, dropped = converted_model(theirs.state_dict(), f'mmseg-{name}', 'resnest50', output_stride)
     assert dropped == []
     assert_same(logits(ours, images), logits(theirs, images))
 
@@ -181,8 +205,9 @@ class Authors:
     A layer draws its weights, and batch norm its statistics around its input's own, in the first run.
     """
 
-    def __init__(self, prefix):
-        self.prefix = prefix
+    def __init__(self, prefix, depth=26, radix=2, groups=1, base_width=64, avd_first=False, classes=CLASSES):
+        self.prefix, self.depth, self.classes = prefix, depth, classes
+        self.radix, self.groups, self.base_width, self.avd_first = radix, groups, base_width, avd_first
         self.state = {}
 
     def conv(self, x, name, channels, kernel=1, bias=False, **options):
@@ -210,30 +235,38 @@ class Authors:
         return F.batch_norm(x, *(self.state[f'{name}.{key}'] for key in keys))
 
     def split_attention(self, x, name, width, dilation):
-        splits = F.relu(
-            self.norm(self.conv(x, f'{name}.conv', 2 * width, 3, groups=2, dilation=dilation), f'{name}.bn0')
-        )
-        pooled = (splits[:, :width] + splits[:, width:]).mean((2, 3), keepdim=True)
-        hidden = F.relu(self.norm(self.conv(pooled, f'{name}.fc1', max(width // 2, 32), bias=True), f'{name}.bn1'))
-        attention = self.conv(hidden, f'{name}.fc2', 2 * width, bias=True).chunk(2, 1)
-        return sum(a * split for a, split in zip(torch.stack(attention).softmax(0), splits.chunk(2, 1), strict=True))
+        radix, groups = self.radix, self.groups
+        x = self.conv(x, f'{name}.conv', radix * width, 3, groups=groups * radix, dilation=dilation)
+        splits = F.relu(self.norm(x, f'{name}.bn0')).chunk(radix, 1)
+        pooled = sum(splits).mean((2, 3), keepdim=True)
+        hidden = self.conv(pooled, f'{name}.fc1', max(width * radix // 4, 32), bias=True, groups=groups)
+        hidden = F.relu(self.norm(hidden, f'{name}.bn1'))
+        attention = self.conv(hidden, f'{name}.fc2', radix * width, bias=True, groups=groups)
+        if radix == 1:
+            return attention.sigmoid() * splits[0]
+        attention = attention.view(len(x), groups, radix, -1).softmax(2)
+        return sum(attention[:, :, r].reshape(len(x), width, 1, 1) * split for r, split in enumerate(splits))
 
-    def block(self, x, name, width, stride, dilation, blur):
+    def block(self, x, name, planes, stride, dilation, blur):
+        width = planes * self.base_width // 64 * self.groups
         out = F.relu(self.norm(self.conv(x, f'{name}.conv1', width), f'{name}.bn1'))
+        if blur and self.avd_first:
+            out = F.avg_pool2d(out, 3, stride, padding=1)
         out = self.split_attention(out, f'{name}.conv2', width, dilation)
-        if blur:
+        if blur and not self.avd_first:
             out = F.avg_pool2d(out, 3, stride, padding=1)
         if name.endswith('.0'):
             x = F.avg_pool2d(x, stride, stride, ceil_mode=True, count_include_pad=False)
-            x = self.norm(self.conv(x, f'{name}.downsample.1', 4 * width), f'{name}.downsample.2')
-        return F.relu(x + self.norm(self.conv(out, f'{name}.conv3', 4 * width), f'{name}.bn3'))
+            x = self.norm(self.conv(x, f'{name}.downsample.1', 4 * planes), f'{name}.downsample.2')
+        return F.relu(x + self.norm(self.conv(out, f'{name}.conv3', 4 * planes), f'{name}.bn3'))
 
     def features(self, x, output_stride):
-        """The four stages of ResNeSt-26."""
+        """The four stages."""
+        blocks, stem_width = ARCHITECTURES[self.depth]
         for conv, norm, channels, stride in (
-            ('conv1.0', 'conv1.1', 32, 2),
-            ('conv1.3', 'conv1.4', 32, 1),
-            ('conv1.6', 'bn1', 64, 1),
+            ('conv1.0', 'conv1.1', stem_width, 2),
+            ('conv1.3', 'conv1.4', stem_width, 1),
+            ('conv1.6', 'bn1', 2 * stem_width, 1),
         ):
             x = F.relu(self.norm(self.conv(x, self.prefix + conv, channels, 3, stride=stride), self.prefix + norm))
         x = F.max_pool2d(x, 3, 2, padding=1)
@@ -242,7 +275,8 @@ class Authors:
         for i, stride in enumerate(strides):
             name = f'{self.prefix}layer{i + 1}'
             x = self.block(x, f'{name}.0', 64 * 2**i, stride, dilations[i], blur=i > 0)
-            x = self.block(x, f'{name}.1', 64 * 2**i, 1, dilations[i + 1], blur=False)
+            for j in range(1, blocks[i]):
+                x = self.block(x, f'{name}.{j}', 64 * 2**i, 1, dilations[i + 1], blur=False)
             stages.append(x)
         return stages
 
@@ -252,7 +286,7 @@ class Authors:
 
     def fcn(self, x, name):
         hidden = self.conv_norm_relu(x, f'{name}.conv5', (0, 1), x.shape[1] // 4, 3)
-        return self.conv(hidden, f'{name}.conv5.4', CLASSES, bias=True)
+        return self.conv(hidden, f'{name}.conv5.4', self.classes, bias=True)
 
     def deeplabv3(self, x, name):
         branches = [self.conv_norm_relu(x, f'{name}.aspp.b0', (0, 1), 256, 1)]
@@ -262,7 +296,7 @@ class Authors:
         branches.append(F.interpolate(pooled, x.shape[2:], mode='bilinear', align_corners=True))
         x = self.conv_norm_relu(torch.cat(branches, 1), f'{name}.aspp.project', (0, 1), 256, 1)
         hidden = self.conv_norm_relu(x, f'{name}.block', (0, 1), 256, 3)
-        return self.conv(hidden, f'{name}.block.4', CLASSES, bias=True)
+        return self.conv(hidden, f'{name}.block.4', self.classes, bias=True)
 
     def segment(self, images, head, output_stride):
         *_, c3, c4 = self.features(images, output_stride)
@@ -270,38 +304,97 @@ class Authors:
         return [F.interpolate(x, images.shape[2:], mode='bilinear', align_corners=True) for x in outputs]
 
 
-@output_strides
-@pytest.mark.parametrize('source', ['official', 'encoding'])
+@cases(
+    ['resnest26', *(name for name in VARIANTS if 'fast' in name)],
+    quick=[('resnest26', 8), ('resnest50_fast_4s2x40d', 8)],
+)
 @torch.no_grad()
-def test_authors_backbone(source, output_stride):
+def test_authors_backbone(name, output_stride):
+    """The fast variants with the depth of 26."""
+    source = 'official' if output_stride == 8 else 'encoding'  # they share a table, as the first line shows
+    assert SOURCES['official'].rules is SOURCES['encoding'].rules
     images = make_images()
-    authors = Authors('')
+    architecture = {key: value for key, value in VARIANTS[name].items() if key != 'depth'}
+    authors = Authors('', **architecture)
     authors.features(images, output_stride)
     state = authors.state | {'fc.weight': torch.randn(CLASSES, 2048), 'fc.bias': torch.randn(CLASSES)}
-    ours, dropped = converted_backbone(state, source, 26, output_stride)
+    ours, dropped = converted_backbone(state, source, output_stride, depth=26, **architecture)
     assert dropped == ['fc.weight', 'fc.bias']
     assert_same(ours(images), authors.features(images, output_stride))
 
 
-@output_strides
-@pytest.mark.parametrize('head', ['deeplabv3', 'fcn'])
+@cases(['deeplabv3', 'fcn'], quick=[('fcn', 8)])
 @torch.no_grad()
-def test_encoding_model(head, output_stride):
+def test_encoding_model(name, output_stride):
     images = make_images()
     authors = Authors('pretrained.')
-    authors.segment(images, head, output_stride)
+    authors.segment(images, name, output_stride)
     state = authors.state | {'pretrained.fc.weight': torch.randn(1000, 2048), 'pretrained.fc.bias': torch.randn(1000)}
-    assert recognise(state) == [f'encoding-{head}']
-    cfg = Config.fromfile(Path(__file__).parents[1] / f'configs/_base_/{head}_authors.py').model.to_dict()
-    for part in ('decode_head', 'auxiliary_head'):
-        cfg[part] |= dict(num_classes=CLASSES)
-    ours, dropped = converted_model(state, f'encoding-{head}', cfg, 26, output_stride)
+    assert recognise(state) == [f'encoding-{name}']
+    ours, dropped = converted_model(state, f'encoding-{name}', 'resnest26', output_stride)
     assert dropped == ['pretrained.fc.weight', 'pretrained.fc.bias']
-    assert_same(logits(ours, images), authors.segment(images, head, output_stride))
+    assert_same(logits(ours, images), authors.segment(images, name, output_stride))
+
+
+CONFIGS = Path(__file__).parents[1] / 'configs'
+DATA_SETS = dict(ade=('ade20k', 150), pcontext=('pascal_context', 59))
+
+
+@pytest.mark.parametrize(
+    'name', [pytest.param(name, marks=[] if name == 'fcn_resnest50_ade' else pytest.mark.slow) for name in ENCODING]
+)
+def test_the_authors_configs_take_every_published_file_as_it_is(name):
+    """At full depth, without memory: the names and shapes are the reference's."""
+    head, variant, data = name.split('_')
+    head = dict(fcn='fcn', deeplab='deeplabv3')[head]
+    folder, classes = DATA_SETS[data]
+    with torch.device('meta'):
+        authors = Authors('pretrained.', depth=VARIANTS[variant]['depth'], classes=classes)
+        authors.segment(torch.empty(2, 3, 33, 49), head, 8)
+    (source,) = recognise(authors.state)
+    weights, dropped = convert(authors.state, source)
+    assert dropped == []
+    cfg = Config.fromfile(CONFIGS / f'{head}_{variant}_{folder}_authors.py')
+    with torch.device('meta'):
+        model = MODELS.build(cfg.model)
+    model.data_preprocessor = MODELS.build(cfg.model.data_preprocessor)
+    load_strictly(model, weights, name)
+    origin = dict(source=source, variant=variant, options=needed_options(source, variant, weights))
+    check_options(dict(meta={ORIGIN: origin}), model, name)
+    described = Config()
+    described.merge_from_dict(model_options(source, variant, weights))
+    for part in ('decode_head', 'auxiliary_head', 'test_cfg'):
+        own = cfg.model[part].to_dict()
+        assert {key: own[key] for key in described[part] if key != 'norm_cfg'} == {
+            key: value for key, value in described[part].items() if key != 'norm_cfg'
+        }
+    data_set = DATASETS.get(cfg.test_dataloader.dataset.type)
+    assert len(data_set.METAINFO['classes']) == classes == len(weights['decode_head.conv_seg.bias'])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', ['fcn', 'pspnet', 'deeplabv3', 'deeplabv3plus'])
+def test_our_configs_take_mmsegs_published_models_in_their_graph(name):
+    """mmsegmentation's own S-101-D8, whole but without memory, in ours with ``model.backbone.graph=mmseg``."""
+    config = Path(mmseg.__file__).parent / f'.mim/configs/resnest/resnest_s101-d8_{name}_4xb4-160k_ade20k-512x512.py'
+    cfg = Config.fromfile(CONFIGS / f'{name}_resnest101_ade20k.py').model
+    cfg.backbone.graph = 'mmseg'
+    with torch.device('meta'):
+        state = MODELS.build(Config.fromfile(config).model | dict(pretrained=None)).state_dict()
+        model = MODELS.build(cfg)
+    model.data_preprocessor = MODELS.build(cfg.data_preprocessor)
+    source = f'mmseg-{name}'
+    weights, _ = convert(state, source)
+    load_strictly(model, weights, name)
+    content = dict(meta={ORIGIN: dict(source=source, options=needed_options(source, 'resnest101', weights))})
+    check_options(content, model, name)
+    model.backbone.graph = 'authors'
+    with pytest.raises(ValueError, match=r'--cfg-options model\.backbone\.graph=mmseg$'):
+        check_options(content, model, name)
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Recognition and errors
+# Recognition
 # --------------------------------------------------------------------------------------------------------------------
 
 AMBIGUOUS = ['official', 'encoding', 'timm']
@@ -330,6 +423,247 @@ def test_what_is_not_resnest_is_not_recognised():
     assert recognise(timm.create_model('resnet26d').state_dict()) == []  # the same stem
     assert recognise(mmseg.models.ResNetV1d(depth=50).state_dict()) == []
     assert recognise(f'backbone.{key}' for key in backbone_state()) == []  # ours needs no converting
+
+
+def put(folder, name, content=b'content'):
+    (folder / name).write_bytes(content)
+    return folder / name
+
+
+def test_a_published_file_is_told_by_its_hash(tmp_path, monkeypatch):
+    content = b'content'
+    assert clue_of_hash(put(tmp_path, 'x.pth')) is None
+    with monkeypatch.context() as patch:
+        patch.setitem(OFFICIAL, 'resnest50_fast_1s4x24d', hashlib.sha256(content).hexdigest()[:8])
+        clue = clue_of_hash(put(tmp_path, 'x.pth'))
+        assert (clue.source, clue.variant) == ('official', 'resnest50_fast_1s4x24d')
+        assert clue.how == "its SHA-256: the authors' resnest50_fast_1s4x24d"
+    for name, source, variant in (
+        ('fcn_resnest50_pcontext', 'encoding-fcn', 'resnest50'),
+        ('deeplab_resnest269_ade', 'encoding-deeplabv3', 'resnest269'),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setitem(ENCODING, name, hashlib.sha1(content).hexdigest()[:8])
+            clue = clue_of_hash(put(tmp_path, 'x.pth'))
+            assert (clue.source, clue.variant) == (source, variant)
+            assert clue.how == f"its SHA-1: PyTorch-Encoding's {name}"
+
+
+def test_an_official_name_on_another_file_is_an_error(tmp_path):
+    found = hashlib.sha256(b'content').hexdigest()[:8]
+    with pytest.raises(
+        ValueError, match=rf'resnest50-528c19ca.pth: .* begins with {found}, expected 528c19ca\. Get it'
+    ):
+        clue_of_hash(put(tmp_path, 'resnest50-528c19ca.pth'))
+    assert clue_of_hash(put(tmp_path, 'resnest14-528c19ca.pth')) is None  # no name of theirs
+
+
+def test_published_names_mean_variants():
+    assert set(TIMM) == set(timm.list_models('resnest*'))
+    assert set(TIMM.values()) <= set(VARIANTS)
+    assert [name.split('_')[1] in VARIANTS for name in ENCODING] == [True] * 10
+    assert set(OFFICIAL) <= set(VARIANTS)
+
+
+@pytest.mark.parametrize(
+    ('path', 'variant'),
+    [
+        ('resnest101e.pth', 'resnest101'),
+        ('resnest50d_4s2x40d.in1k.safetensors', 'resnest50_fast_4s2x40d'),
+        ('a/resnest14d-1234.pth', 'resnest14'),
+        ('hub/models--timm--resnest269e.in1k/snapshots/0a1b/model.safetensors', 'resnest269'),
+        ('resnest101.pth', None),
+        ('my_resnest101e.pth', None),
+        ('resnest101e_finetuned.pth', None),
+        ('resnest50d/model.safetensors', None),
+        ('resnest152d.pth', None),
+    ],
+)
+def test_timms_names_tell(path, variant):
+    clue = clue_of_name(Path(path))
+    assert (clue and clue.source, clue and clue.variant) == (variant and 'timm', variant)
+
+
+@pytest.mark.parametrize('name', VARIANTS)
+def test_shapes_tell_the_architecture_but_not_the_pools(name):
+    with torch.device('meta'):
+        found = read_architecture(ResNeSt(**VARIANTS[name]).state_dict())
+    same = ['resnest50', 'resnest50_fast_2s1x64d']
+    assert fitting_variants(found, VARIANTS) == (same if name in same else [name])
+    assert fitting_variants(found, SOURCES['mmseg'].variants) == (
+        [] if 'fast' in name and name not in same else ['resnest50'] if name in same else [name]
+    )
+
+
+def test_an_architecture_in_words():
+    state = timm.create_model('resnest50d_1s4x24d').state_dict()
+    expected = dict(blocks=(3, 4, 6, 3), stem_width=32, radix=1, groups=4, base_width=24)
+    assert read_architecture(state) == expected
+    with pytest.raises(ValueError, match=r'no weights of a ResNeSt: there is no convolution conv1\.0\.weight$'):
+        read_architecture({key: value for key, value in state.items() if key != 'conv1.0.weight'})
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Options
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def head_weights():
+    return {f'{head}.conv_seg.weight': torch.zeros(CLASSES, 16, 1, 1) for head in ('decode_head', 'auxiliary_head')}
+
+
+def build(source, **changes):
+    """The model that the tables describe, small and without memory, with options changed."""
+    cfg = Config()
+    options = model_options(source, 'resnest14', head_weights())
+    assert changes.keys() <= options.keys()
+    cfg.merge_from_dict(options | changes)
+    with torch.device('meta'):
+        model = MODELS.build(cfg if 'type' in cfg else cfg.backbone)
+    if 'type' in cfg:
+        model.data_preprocessor = MODELS.build(cfg.data_preprocessor)  # with its values
+    return model
+
+
+def content_for(source, change=lambda value: value):
+    options = needed_options(source, 'resnest14', head_weights())
+    return dict(meta={ORIGIN: dict(source=source, options={key: change(value) for key, value in options.items()})})
+
+
+@pytest.mark.parametrize('source', SOURCES)
+def test_the_model_that_the_tables_describe_has_the_options_that_they_need(source):
+    model = build(source)
+    assert ('decode_head' in dict(model.named_children())) == ('-' in source)
+    if '-' in source:
+        check_options(content_for(source), model, 'x.pth')
+        lists = content_for(source, lambda value: list(value) if isinstance(value, tuple) else value)
+        check_options(lists, model, 'x.pth')  # as from a format without tuples
+    else:
+        check_options(content_for(source), model, 'x.pth')
+
+
+# Of every kind of option another value; keys and shapes stay.
+OTHERS = {
+    'backbone.avd_first': True,
+    'backbone.graph': 'timm',
+    'backbone.output_stride': 16,
+    'backbone.norm_cfg.eps': 1e-3,
+    'decode_head.norm_cfg.eps': 1e-3,
+    'auxiliary_head.norm_cfg.eps': 1e-3,
+    'decode_head.align_corners': None,
+    'auxiliary_head.align_corners': None,
+    'decode_head.act_cfg.type': 'ReLU6',
+    'auxiliary_head.act_cfg.type': 'ReLU6',
+    'decode_head.dilation': 2,
+    'auxiliary_head.dilation': 6,
+    'decode_head.dilations': (1, 6, 12, 18),
+    'decode_head.pool_scales': (1, 2, 3, 5),
+    'data_preprocessor.mean': (0.0, 0.0, 0.0),
+    'data_preprocessor.std': (58.395, 57.12, 57.0),
+    'data_preprocessor.bgr_to_rgb': False,
+}
+
+
+@pytest.mark.parametrize('source', [name for name in SOURCES if '-' in name])
+def test_every_option_that_no_key_tells_is_compared(source):
+    needed = needed_options(source, 'resnest14', head_weights())
+    told = {'backbone.depth', 'backbone.radix', 'backbone.groups', 'backbone.base_width'}  # by the shapes
+    told |= {'decode_head.type', 'auxiliary_head.type'}  # by the keys
+    assert needed.keys() <= OTHERS.keys() | told
+    changes = {key: value for key, value in OTHERS.items() if key in needed}
+    for head in ('decode_head', 'auxiliary_head'):
+        changes[f'{head}.align_corners'] = not needed[f'{head}.align_corners']
+    if source == 'encoding-deeplabv3':
+        changes['decode_head.dilations'] = (6, 12, 18)
+    model, right = build(source, **changes), build(source)
+    assert {key: value.shape for key, value in model.state_dict().items()} == {
+        key: value.shape for key, value in right.state_dict().items()
+    }
+    with pytest.raises(ValueError) as error:
+        check_options(content_for(source), model, 'x.pth')
+    lines = str(error.value).splitlines()
+    assert lines[0] == f'x.pth ({source}) is for another model than this, whose outputs would be wrong:'
+    assert [line.split(':')[0] for line in lines[1:-1]] == [f'  model.{key}' for key in needed if key in changes]
+    assert f"  model.backbone.graph: {needed['backbone.graph']!r} needed, 'timm' found" in lines
+
+
+def test_what_the_message_says_to_add_repairs_the_model():
+    changes = {
+        'backbone.avd_first': True,
+        'backbone.graph': 'timm',
+        'backbone.norm_cfg.eps': 1e-3,
+        'decode_head.dilations': (6, 12, 18),
+        'decode_head.align_corners': False,
+        'data_preprocessor.mean': (0.0, 0.0, 0.0),
+    }
+    with pytest.raises(ValueError) as error:
+        check_options(content_for('encoding-deeplabv3'), build('encoding-deeplabv3', **changes), 'x.pth')
+    fix = str(error.value).splitlines()[-1].partition('or add:  ')[2]
+    parser = argparse.ArgumentParser()
+    parser.add_argument('--cfg-options', nargs='+', action=DictAction)
+    options = parser.parse_args(shlex.split(fix)).cfg_options
+    assert options.keys() == {f'model.{key}' for key in changes}
+    repaired = changes | {key.removeprefix('model.'): value for key, value in options.items()}
+    check_options(content_for('encoding-deeplabv3'), build('encoding-deeplabv3', **repaired), 'x.pth')
+
+
+def test_another_head_is_another_type():
+    with pytest.raises(ValueError, match=r"decode_head.type: 'ASPPHead' needed, 'PSPHead' found"):
+        check_options(content_for('mmseg-deeplabv3'), build('mmseg-pspnet'), 'x.pth')
+
+
+def test_a_backbone_alone_needs_only_its_own_options():
+    with torch.device('meta'):
+        check_options(content_for('mmseg-fcn'), ResNeSt(14, output_stride=16, graph='mmseg'), 'x.pth')
+        check_options(content_for('timm'), ResNeSt(14, graph='mmseg'), 'x.pth')  # at 32 the graphs are one
+        with pytest.raises(ValueError, match=r"backbone.graph: 'timm' needed, 'mmseg' found\n.*graph=timm$"):
+            check_options(content_for('timm'), ResNeSt(14, output_stride=8, graph='mmseg'), 'x.pth')
+
+
+@pytest.mark.parametrize('spelling', ['resnest://{}', '/somewhere/{}-{}.pth'])
+def test_the_authors_own_names_tell_what_they_need(spelling):
+    def check(name, **options):
+        with torch.device('meta'):
+            backbone = ResNeSt(50, **options)
+        check_options({}, backbone, spelling.format(name, OFFICIAL[name]))
+
+    check('resnest50')
+    check('resnest50', graph='timm')
+    check('resnest50_fast_2s1x64d', avd_first=True, output_stride=8)
+    with pytest.raises(ValueError, match=r'avd_first: True needed, False found\n.*model.backbone.avd_first=True$'):
+        check('resnest50_fast_2s1x64d')
+    with pytest.raises(ValueError, match=r'avd_first: False needed, True found'):
+        check('resnest50', avd_first=True)
+    with pytest.raises(ValueError, match=r"graph: 'authors' needed, 'timm' found"):
+        check('resnest50', graph='timm', output_stride=8)
+
+
+def test_other_files_ask_for_nothing():
+    with torch.device('meta'):
+        backbone = ResNeSt(50, avd_first=True, graph='timm', output_stride=8)
+    for name in ('resnest50.pth', 'resnest50-12345678.pth', 'https://example.org/resnest50'):
+        for content in ({}, dict(meta={}), dict(meta=None), dict(meta=dict(epoch=3))):
+            check_options(content, backbone, name)
+
+
+def test_init_cfg_compares_the_options_of_an_official_file(tmp_path, monkeypatch):
+    weights = ResNeSt(14).state_dict()
+    torch.save(weights, tmp_path / 'x.pth')
+    prefix = hashlib.sha256((tmp_path / 'x.pth').read_bytes()).hexdigest()[:8]
+    (tmp_path / 'x.pth').rename(tmp_path / f'resnest14-{prefix}.pth')
+    monkeypatch.setitem(OFFICIAL, 'resnest14', prefix)
+    monkeypatch.setenv('RESNEST_WEIGHTS', str(tmp_path))
+    right = ResNeSt(14, output_stride=8)
+    load_pretrained_backbone(right, 'resnest://resnest14')
+    assert torch.equal(right.conv1[0].weight, weights['conv1.0.weight'])
+    wrong = ResNeSt(14, avd_first=True, init_cfg=dict(type='Pretrained', checkpoint='resnest://resnest14'))
+    with pytest.raises(ValueError, match=r'resnest://resnest14 \(official\) .*\n.*avd_first: False needed, True found'):
+        wrong.init_weights()
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Errors
+# --------------------------------------------------------------------------------------------------------------------
 
 
 def test_a_source_that_is_not_known():

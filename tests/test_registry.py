@@ -21,11 +21,11 @@ from mmengine.runner import Runner
 from mmpretrain.structures import DataSample
 
 import mmseg_resnest.registry
-from mmseg_resnest import ResNeSt, heads, hooks, metrics, optim
+from mmseg_resnest import ResNeSt, heads, hooks, metrics, optim, tta
 
 KINDS = {name: value for name, value in vars(root).items() if isinstance(value, Registry)}
 OURS = {
-    'MODELS': [ResNeSt, heads.AuthorsDeepLabV3Head, heads.AuthorsFCNHead],
+    'MODELS': [ResNeSt, heads.AuthorsDeepLabV3Head, heads.AuthorsFCNHead, tta.AuthorsTTAModel],
     'OPTIM_WRAPPERS': [optim.AutocastOptimWrapper],
     'HOOKS': [hooks.BatchNormCheckHook, hooks.ProgressBarHook],
     'METRICS': [metrics.IoUMetric],

@@ -61,8 +61,23 @@ def losses(work_dir) -> list[float]:
 # ----------------------------------------------------------------------------------------------------------- help
 
 OPTIONS_OF = {
-    'train': ['--work-dir DIR', '--resume [PATH]', '--amp {bf16,fp16,off}', '--seed N', '--cfg-options KEY=VALUE'],
-    'test': ['--tta', '--out DIR', '--show-dir DIR', '--json FILE', '--work-dir DIR', '--cfg-options KEY=VALUE'],
+    'train': [
+        '--resume [PATH]',
+        '--fine-tune PATH',
+        '--allow-pickle',
+        '--amp {bf16,fp16,off}',
+        '--seed N',
+        '--cfg-options KEY=VALUE',
+    ],
+    'test': [
+        '--tta [',
+        '--allow-pickle',
+        '--out DIR',
+        '--show-dir DIR',
+        '--json FILE',
+        '--work-dir DIR',
+        '--cfg-options KEY=VALUE',
+    ],
 }
 
 
@@ -167,6 +182,15 @@ def test_resume_with_nothing_there_starts_anew(trained, tmp_path):
     assert weights(tmp_path / 'w' / 'iter_1.pth')['backbone.bn1.num_batches_tracked'] == 1
 
 
+@pytest.mark.parametrize('start', ['--resume', '--fine-tune'])
+def test_going_on_with_another_graph_is_refused(trained, tmp_path, start):
+    options = [*WITHOUT_VALIDATION, 'model.backbone.graph=mmseg', 'train_cfg.max_iters=3']
+    command = ['--work-dir', tmp_path / 'w', start, trained / 'w' / 'iter_2.pth', *options]
+    done = run_tool('train', CAMVID, *command, cwd=trained)
+    assert done.returncode == 1
+    assert "model.backbone.graph: 'authors' needed, 'mmseg' found" in done.stderr
+
+
 # --------------------------------------------------------------------------------------------------------- testing
 
 
@@ -209,7 +233,7 @@ def test_testing(trained, tmp_path):
     content = check_json(
         tmp_path / 'deep' / 'r.json', tmp_path / 'out', trained / 'data/annotations/validation', 4, names, 0
     )
-    assert (content['config'], content['checkpoint'], content['tta']) == (str(CAMVID), 'w/iter_2.pth', False)
+    assert (content['config'], content['checkpoint'], content['tta']) == (str(CAMVID), 'w/iter_2.pth', None)
     assert content['classes']['bicyclist'] == dict(IoU=None, Acc=None)  # neither labelled nor predicted
     assert out.endswith(f'mIoU {content["mIoU"]:.2f}  mAcc {content["mAcc"]:.2f}  aAcc {content["aAcc"]:.2f}\n')
     (validated,) = re.findall(
@@ -239,19 +263,21 @@ def ade20k_checkpoint(tmp_path_factory):
 
 
 def test_testing_with_augmentation_on_ade20k(trained, ade20k_checkpoint, tmp_path):
-    """PNGs carry ADE20K's own labels, 1-150; with --tta they are those of the averaged prediction."""
+    """PNGs carry ADE20K's own labels, 1-150; with --tta they are those of the merged prediction."""
     found = {}
-    for way in ((), ('--tta',)):
-        folder = tmp_path / f'out{len(way)}'
+    for tta, way in {None: (), 'openmmlab': ('--tta',), 'authors': ('--tta', 'authors')}.items():
+        folder = tmp_path / str(tta)
         args = ['--json', folder / 'r.json', '--out', folder, *way, '--work-dir', tmp_path / 'w']
-        args += [*COMMON, 'test_dataloader.dataset.indices=2']
+        args += [*COMMON, 'test_dataloader.dataset.indices=2', 'test_dataloader.batch_size=2']
+        args += ['authors_tta_model.base_size=52', 'authors_tta_model.crop_size=48']
         succeed('test', ADE20K, ade20k_checkpoint, *args, cwd=trained)
         names = ADE20KDataset.METAINFO['classes']
         content = check_json(folder / 'r.json', folder, trained / 'data/annotations/validation', 2, names, 1)
-        assert content['tta'] == bool(way)
-        found[way] = np.stack([cv2.imread(str(path), cv2.IMREAD_UNCHANGED) for path in sorted(folder.glob('*.png'))])
-    changed = (found[()] != found['--tta',]).mean()
-    assert 0 < changed < 0.9
+        assert content['tta'] == tta
+        found[tta] = np.stack([cv2.imread(str(path), cv2.IMREAD_UNCHANGED) for path in sorted(folder.glob('*.png'))])
+    assert 0 < (found[None] != found['openmmlab']).mean() < 0.9
+    assert 0 < (found[None] != found['authors']).mean() < 0.9
+    assert 0 < (found['openmmlab'] != found['authors']).mean() < 0.9
 
 
 # ------------------------------------------------------------------------------------------------------- bad input
@@ -264,11 +290,10 @@ def broken(trained):
     (trained / 'empty').mkdir()
     (trained / 'garbage.pth').write_bytes(b'garbage' * 100)
     (trained / 'half.pth').write_bytes((trained / 'w' / 'iter_2.pth').read_bytes()[:10_000])
-    torch.save(dict(state_dict=Payload(trained / 'made'), meta={}, optimizer={}), trained / 'evil.pth')
     other = weights(trained / 'w' / 'iter_2.pth')
     other['stem.weight'] = other.pop('backbone.conv1.0.weight')
     other['decode_head.conv_seg.bias'] = torch.zeros(19)
-    torch.save(dict(state_dict=other, meta={}, optimizer={}), trained / 'other.pth')
+    torch.save(dict(state_dict=other, meta={}, optimizer={}, message_hub={}), trained / 'other.pth')
     torch.save(weights(trained / 'w' / 'iter_2.pth'), trained / 'weights.pth')
     whole = torch.load(trained / 'w' / 'iter_2.pth', weights_only=False)
     whole['meta']['config'] = f'import os\nos.mkdir({str(trained / "made")!r})\n'
@@ -314,6 +339,18 @@ BAD_INPUT = {
         [CAMVID, *COMMON, 'model.decode_head.num_classes=3'],
         'model.decode_head.num_classes=3, but train_dataloader.dataset has 11 classes (sky, building, pole, road',
     ),
+    'to fine-tune and to resume': (
+        2,
+        'train',
+        [CAMVID, '--fine-tune', 'w/iter_2.pth', '--resume', *COMMON],
+        '--fine-tune starts a run and --resume goes on with one; give one of them',
+    ),
+    'no checkpoint to fine-tune': (
+        2,
+        'train',
+        [CAMVID, '--fine-tune', 'none.pth', *COMMON],
+        'none.pth: there is no such checkpoint',
+    ),
     'no checkpoint to resume': (
         2,
         'train',
@@ -321,6 +358,7 @@ BAD_INPUT = {
         'none.pth: there is no such checkpoint',
     ),
     'no augmentation': (2, 'test', [CAMVID, 'w/iter_2.pth', '--tta', *COMMON], 'has no tta_pipeline'),
+    'unknown augmentation': (2, 'test', [CAMVID, 'w/iter_2.pth', '--tta', 'flip'], "--tta: invalid choice: 'flip'"),
     'no data root': (1, 'train', [CAMVID, '--data-root', 'none'], "data_root 'none' does not exist. Put the data set"),
     'no data root to test': (1, 'test', [CAMVID, 'w/iter_2.pth', '--data-root', 'none'], "data_root 'none' does not"),
     'empty data root': (
@@ -357,21 +395,17 @@ BAD_INPUT = {
     ),
     'garbage': (1, 'test', [CAMVID, 'garbage.pth', *COMMON], f'garbage.pth: {UNSAFE}'),
     'garbage to resume': (1, 'train', [CAMVID, '--resume', 'half.pth', *COMMON], f'half.pth: {UNSAFE}'),
-    'code': (1, 'test', [CAMVID, 'evil.pth', *COMMON], f'evil.pth: {UNSAFE}'),
-    'code to resume': (1, 'train', [CAMVID, '--resume', 'evil.pth', *COMMON], f'evil.pth: {UNSAFE}'),
     'config to resume': (
         1,
         'train',
         [CAMVID, '--resume', 'config.pth', *COMMON],
         'config.pth: its meta.config is code',
     ),
-    'another model': (1, 'test', [CAMVID, 'other.pth', *COMMON], '\n'.join(LISTING)),
-    'another model to resume': (1, 'train', [CAMVID, '--resume', 'other.pth', *COMMON], '\n'.join(LISTING)),
     'weights to resume': (
         1,
         'train',
         [CAMVID, '--resume', 'weights.pth', *COMMON],
-        'weights.pth: no checkpoint of a training run: it has no meta, no optimizer',
+        'weights.pth: no checkpoint of a training run: it has no message_hub, no meta, no optimizer',
     ),
 }
 
@@ -387,6 +421,185 @@ def test_bad_input(case, broken):
     assert printed.endswith('(--debug shows where this happened.)\n') == (code == 1)
     assert 'Traceback' not in done.stderr + done.stdout
     assert not (broken / 'made').exists()
+
+
+# ------------------------------------------------------------------------------------------- what a run starts from
+
+FROM_SCRATCH = 'model.backbone.init_cfg=None'
+NO_BACKBONE = [option for option in COMMON if not option.startswith('model.backbone.')]
+PRETRAINED = [option for option in COMMON if option != FROM_SCRATCH]
+# Where a tool reads a checkpoint FILE -> the tool, its arguments, and the listing for other.pth.
+PATHS = {
+    'test': ('test', [CAMVID, 'FILE', *COMMON], LISTING),
+    '--resume': ('train', [CAMVID, '--resume', 'FILE', *COMMON], LISTING),
+    '--fine-tune': ('train', [CAMVID, '--fine-tune', 'FILE', *COMMON], LISTING[:3]),
+    'load_from': ('train', [CAMVID, *COMMON, 'load_from=FILE'], LISTING),
+    'load_from and resume': ('train', [CAMVID, *COMMON, 'load_from=FILE', 'resume=True'], LISTING),
+    'init_cfg of the backbone': (
+        'train',
+        [CAMVID, *PRETRAINED, 'model.backbone.init_cfg.checkpoint=FILE', 'model.backbone.init_cfg.prefix=backbone'],
+        ['other.pth (backbone) does not fit ResNeSt:', '  1 missing in the file: conv1.0.weight'],
+    ),
+    'init_cfg of another backbone': (
+        'train',
+        ['foreign.py', *NO_BACKBONE, 'model.backbone.init_cfg.checkpoint=FILE'],
+        ['other.pth does not fit ResNet:', '  100 missing in the file: conv1.weight, bn1.weight, '],
+    ),
+    'init_cfg of a head': (
+        'train',
+        [
+            *(CAMVID, *COMMON, 'model.decode_head.init_cfg.type=Pretrained'),
+            *('model.decode_head.init_cfg.checkpoint=FILE', 'model.decode_head.init_cfg.prefix=decode_head.'),
+        ],
+        [
+            'other.pth (decode_head.) does not fit PSPHead:',
+            '  1 of another shape: conv_seg.bias: (19,) in the file, (11,) in the model',
+        ],
+    ),
+    'init_cfg of the segmentor': (
+        'train',
+        [CAMVID, *COMMON, 'model.init_cfg.type=Pretrained', 'model.init_cfg.checkpoint=FILE'],
+        LISTING,
+    ),
+}
+
+
+def paths(*fast: str) -> list:
+    """Returns all of PATHS, marked as slow but for those named; test_checkpoints.py has them within a process."""
+    return [path if path in fast else pytest.param(path, marks=pytest.mark.slow) for path in PATHS]
+
+
+@pytest.fixture(scope='module')
+def files(broken):
+    """Adds checkpoints and configs to the folder of ``trained``."""
+    whole = torch.load(broken / 'w' / 'iter_2.pth', weights_only=False)
+    torch.save(whole | dict(more=Payload(broken / 'made')), broken / 'hidden.pth')
+    state = whole['state_dict']
+    part = {key: value for key, value in state.items() if key.startswith('backbone.')}
+    torch.save(part, broken / 'prefixed.pth')
+    torch.save({key.removeprefix('backbone.'): value for key, value in part.items()}, broken / 'backbone.pth')
+    whole['meta']['dataset_meta']['classes'] = [f'class {i}' for i in range(CLASSES)]
+    torch.save(whole, broken / 'renamed.pth')
+    head = f"_base_ = '{CAMVID}'\n"
+    (broken / 'foreign.py').write_text(
+        f"{head}backbone = dict(_delete_=True, type='ResNet', depth=18, init_cfg=dict(type='Pretrained'))\n"
+        'model = dict(backbone=backbone, decode_head=dict(in_channels=512), auxiliary_head=dict(in_channels=256))\n'
+    )
+    (broken / 'twelve.py').write_text(
+        f'{head}'
+        "metainfo = dict(classes=(*_base_.metainfo.classes, 'lane'), palette=[*_base_.metainfo.palette, [1, 2, 3]])\n"
+        'model = dict(decode_head=dict(num_classes=12), auxiliary_head=dict(num_classes=12))\n'
+        'train_dataloader = val_dataloader = test_dataloader = dict(dataset=dict(metainfo=metainfo))\n'
+    )
+    (broken / 'no_auxiliary.py').write_text(f'{head}model = dict(auxiliary_head=None)\n')
+    return broken
+
+
+def start(path: str, file: str, *more: str, cwd) -> subprocess.CompletedProcess:
+    name, args, _ = PATHS[path]
+    return run_tool(name, *[str(arg).replace('FILE', file) for arg in args], *more, cwd=cwd)
+
+
+def message_of(done: subprocess.CompletedProcess) -> str:
+    """Returns what a tool that ended with exit code 1 and no trace says."""
+    assert done.returncode == 1
+    assert 'Traceback' not in done.stderr + done.stdout
+    return done.stderr.partition('.py: error: ')[2]
+
+
+@pytest.mark.parametrize('path', paths('test', '--resume', 'load_from', 'init_cfg of the segmentor'))
+def test_code_in_a_checkpoint_is_refused_before_it_runs(path, files):
+    message = message_of(start(path, 'hidden.pth', cwd=files))
+    assert message.startswith(f'hidden.pth: {UNSAFE}Trying to load unsupported GLOBAL ')
+    assert '.mkdir' in message
+    assert 'Nothing in it was run.' in message
+    assert '--allow-pickle' in message
+    assert not (files / 'made').exists()
+
+
+@pytest.mark.parametrize('path', paths('test', '--resume', '--fine-tune', 'init_cfg of the backbone'))
+def test_what_does_not_fit_is_listed(path, files):
+    message = message_of(start(path, 'other.pth', cwd=files))
+    assert message.startswith('\n'.join(PATHS[path][2]))
+    assert len(message.splitlines()) <= len(LISTING) + 2
+
+
+@pytest.mark.parametrize(
+    'path', ['test', *[pytest.param(path, marks=pytest.mark.slow) for path in ('--resume', '--fine-tune')]]
+)
+def test_code_in_a_checkpoint_runs_where_it_is_allowed(path, files, tmp_path):
+    options = ['train_cfg.max_iters=3', '--work-dir', str(tmp_path / 'w'), '--allow-pickle']
+    done = start(path, 'hidden.pth', *options, cwd=files)
+    try:
+        assert done.returncode == 0, done.stderr
+        assert 'hidden.pth: unpickled in full, which runs any code in it (--allow-pickle): ' in done.stdout
+        assert (files / 'made').exists()
+    finally:
+        (files / 'made').rmdir()
+
+
+def parameters(state: dict) -> dict:
+    return {key: value for key, value in state.items() if key.endswith(('weight', 'bias'))}
+
+
+ONE_STEP_OF_NOTHING = [*WITHOUT_VALIDATION, 'train_cfg.max_iters=1', 'optim_wrapper.optimizer.lr=0']
+
+
+def test_testing_says_that_the_classes_are_others(files):
+    out = succeed('test', CAMVID, 'renamed.pth', *COMMON, cwd=files)
+    assert 'renamed.pth was trained for other classes: class 0, class 1, ' in out
+
+
+def test_fine_tuning_to_other_classes(files, tmp_path):
+    args = ['twelve.py', '--fine-tune', 'w/iter_2.pth', '--work-dir', tmp_path / 'w', *ONE_STEP_OF_NOTHING]
+    out = succeed('train', *args, cwd=files)
+    before, after = (parameters(weights(path)) for path in (files / 'w' / 'iter_2.pth', tmp_path / 'w' / 'iter_1.pth'))
+    fresh = [f'{head}.conv_seg.{key}' for head in ('decode_head', 'auxiliary_head') for key in ('weight', 'bias')]
+    assert [key for key in after if key not in before or not torch.equal(after[key], before[key])] == fresh
+    assert [len(after[key]) for key in fresh] == [12] * 4
+    assert all(f'{head}.conv_seg starts fresh: 11 classes in the file, 12 here' in out for head in ('head', 'ary_head'))
+    assert out.count('starts fresh') == 2
+    assert 'w/iter_2.pth was trained for other classes: sky, ' in out
+    assert 'bicyclist; the data set has sky, ' in out
+    assert 'do not match exactly' not in out  # what MMEngine says of a checkpoint that does not fit
+
+
+def test_starting_from_a_checkpoint(files, tmp_path):
+    """``load_from`` takes all weights, but nothing of the run; with --resume that comes only when there is no later."""
+    args = [CAMVID, '--resume', '--work-dir', tmp_path / 'w', *ONE_STEP_OF_NOTHING, 'load_from=renamed.pth']
+    out = succeed('train', *args, cwd=files)
+    assert 'Did not find last_checkpoint to be resumed.' in out
+    assert equal(*(parameters(weights(path)) for path in (files / 'renamed.pth', tmp_path / 'w' / 'iter_1.pth')))
+    assert 'starts fresh' not in out
+    assert 'renamed.pth was trained for other classes: class 0, class 1, ' in out
+
+
+@pytest.mark.parametrize(
+    ('args', 'message'),
+    [
+        (
+            ['twelve.py', *COMMON, 'load_from=w/iter_2.pth'],
+            'auxiliary_head.conv_seg.bias: (11,) in the file, (12,) in the model\n'
+            'For other classes --fine-tune w/iter_2.pth loads all but the classifiers, which start fresh.',
+        ),
+        (
+            ['no_auxiliary.py', '--fine-tune', 'w/iter_2.pth', *[o for o in COMMON if 'auxiliary' not in o]],
+            'running_var, auxiliary_head.convs.0.bn.num_batches_tracked\n'
+            'Use the config that the checkpoint was trained with, or ',
+        ),
+        (
+            [CAMVID, '--fine-tune', 'backbone.pth', *COMMON],
+            'backbone.pth holds a backbone and no decode_head; expected a whole segmentor. Load it into the backbone: '
+            'model.backbone.init_cfg=dict(type="Pretrained", checkpoint="backbone.pth")',
+        ),
+        (
+            [CAMVID, *COMMON, 'load_from=prefixed.pth'],
+            'model.backbone.init_cfg=dict(type="Pretrained", checkpoint="prefixed.pth", prefix="backbone.")',
+        ),
+    ],
+)
+def test_checkpoint_of_something_else(args, message, files):
+    assert message in message_of(run_tool('train', *args, cwd=files))
 
 
 def test_debug_shows_the_stack(broken):
@@ -420,7 +633,7 @@ def test_a_worker_that_fails_says_which_file(broken, tmp_path):
     shutil.copytree(broken / 'data', tmp_path / 'data')
     for path in (tmp_path / 'data/images/training').iterdir():
         path.write_bytes(b'no image')
-    options = [*COMMON, 'train_dataloader.num_workers=1']
+    options = ['--skip-data-check', *COMMON, 'train_dataloader.num_workers=1']
     done = run_tool('train', CAMVID, '--work-dir', 'w', *options, cwd=tmp_path)
     assert done.returncode == 1
     printed = done.stderr.partition('train.py: error: ')[2]

@@ -2,6 +2,7 @@
 
   python tools/test.py configs/deeplabv3_resnest101_ade20k.py CHECKPOINT
   python tools/test.py CONFIG CHECKPOINT --tta --json result.json --out predictions/
+  python tools/test.py CONFIG CHECKPOINT --tta authors
   torchrun --nproc-per-node 4 tools/test.py CONFIG CHECKPOINT
 
 The launcher is detected; a GPU is used where there is one.
@@ -12,20 +13,29 @@ import json
 import math
 from pathlib import Path
 
-from mmengine.config import Config
+from mmengine.config import Config, ConfigDict
 from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
 
 from mmseg_resnest import cli, launch
-from mmseg_resnest.checkpoints import check_options, load_strictly, model_weights, read_checkpoint
-from mmseg_resnest.datasets import check_classes, check_folders
+from mmseg_resnest.checkpoints import check_options, compare_classes, load_strictly, model_weights, read_checkpoint
+from mmseg_resnest.dataset_check import add_skip_option, check_before_run
+from mmseg_resnest.datasets import check_classes, datasets_of
 
 
 def make_parser() -> argparse.ArgumentParser:
     """Returns the tool's options."""
     parser = cli.make_parser(__doc__)
     parser.add_argument('checkpoint', help='checkpoint file of tools/train.py')
-    parser.add_argument('--tta', action='store_true', help="multi-scale and flip: the config's tta_pipeline")
+    cli.add_allow_pickle(parser)
+    add_skip_option(parser)
+    parser.add_argument(
+        '--tta',
+        nargs='?',
+        const='openmmlab',
+        choices=('openmmlab', 'authors'),
+        help="multi-scale and flip: OpenMMLab's (the config's tta_pipeline), or as the authors of ResNeSt evaluate",
+    )
     parser.add_argument('--out', metavar='DIR', help='write the predicted label maps there, as PNG')
     parser.add_argument('--show-dir', metavar='DIR', help='write pictures of truth and prediction there')
     parser.add_argument('--json', metavar='FILE', type=Path, help='write the figures there, those of each class too')
@@ -34,16 +44,26 @@ def make_parser() -> argparse.ArgumentParser:
 
 def configure(cfg: Config, args: argparse.Namespace) -> None:
     """Sets what the command line asks of the test."""
-    if args.tta:
+    if args.tta == 'openmmlab':
         if 'tta_pipeline' not in cfg or 'tta_model' not in cfg:
             raise cli.UsageError(f'--tta: {args.config} has no tta_pipeline and tta_model')
         cfg.test_dataloader.dataset.pipeline = cfg.tta_pipeline
         cfg.model = dict(**cfg.tta_model, module=cfg.model)
+    if args.tta == 'authors':
+        for dataset in datasets_of(cfg.test_dataloader.dataset):
+            dataset.pipeline = [transform for transform in dataset.pipeline if not _resizes(transform)]
+        options = dict(type='mmseg_resnest.AuthorsTTAModel') | cfg.get('authors_tta_model', {})
+        cfg.model = dict(**options, module=cfg.model)
     if args.out:
         cfg.test_evaluator.output_dir = args.out
     if args.show_dir:
         cfg.visualizer.save_dir = args.show_dir
         cfg.default_hooks.visualization.draw = True
+
+
+def _resizes(transform: ConfigDict) -> bool:
+    name = transform.type if isinstance(transform.type, str) else transform.type.__name__
+    return name.rpartition('.')[2].startswith('Resize')
 
 
 def test(args: argparse.Namespace) -> None:
@@ -52,8 +72,9 @@ def test(args: argparse.Namespace) -> None:
     cli.existing_checkpoint(args.checkpoint)
     if args.json and args.json.is_dir():
         raise cli.UsageError(f'--json {args.json}: a folder; name a file in it')
-    check_folders('test_dataloader', cfg.test_dataloader.dataset)
     check_classes('test_dataloader', cfg)
+    if not args.skip_data_check:
+        check_before_run(cfg, ['test_dataloader'])
     configure(cfg, args)
     cfg.load_from = None
     launch.set_launcher(cfg)
@@ -63,6 +84,7 @@ def test(args: argparse.Namespace) -> None:
     checkpoint = read_checkpoint(args.checkpoint)
     load_strictly(model, model_weights(checkpoint), args.checkpoint)
     check_options(checkpoint, model, args.checkpoint)  # parts that a model lacks are told by the keys
+    compare_classes(checkpoint, runner.test_dataloader.dataset.metainfo, args.checkpoint)
     metrics = runner.test()
     if runner.rank == 0:
         report(metrics, runner, args)

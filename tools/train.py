@@ -2,6 +2,7 @@
 
   python tools/train.py configs/deeplabv3_resnest101_ade20k.py
   torchrun --nproc-per-node 4 tools/train.py CONFIG --cfg-options train_dataloader.batch_size=4
+  python tools/train.py CONFIG --fine-tune work_dirs/other/iter_160000.pth
   srun -n 8 --ntasks-per-node 8 python tools/train.py CONFIG
 
 The launcher is detected; a GPU is used where there is one.
@@ -10,12 +11,12 @@ The launcher is detected; a GPU is used where there is one.
 import argparse
 
 from mmengine.config import Config
-from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner, find_latest_checkpoint
 
 from mmseg_resnest import cli, launch
-from mmseg_resnest.checkpoints import load_strictly, model_weights, read_checkpoint
-from mmseg_resnest.datasets import check_classes, check_folders
+from mmseg_resnest.checkpoints import StrictLoading
+from mmseg_resnest.dataset_check import add_skip_option, check_before_run
+from mmseg_resnest.datasets import check_classes
 
 DTYPES = {'bf16': 'bfloat16', 'fp16': 'float16', 'off': 'float32'}
 
@@ -31,6 +32,13 @@ def make_parser() -> argparse.ArgumentParser:
         help='go on from PATH, or from the newest checkpoint in the work dir',
     )
     parser.add_argument(
+        '--fine-tune',
+        metavar='PATH',
+        help='start from a segmentor trained for other classes: all must fit but the classifiers, which start fresh',
+    )
+    cli.add_allow_pickle(parser)
+    add_skip_option(parser)
+    parser.add_argument(
         '--amp', choices=DTYPES, help='number format of the forward pass (default: bf16 on a GPU, off on a CPU)'
     )
     parser.add_argument('--seed', type=int, metavar='N', help='seed of weights, order and augmentation')
@@ -44,37 +52,37 @@ def set_amp(cfg: Config, amp: str) -> None:
     cfg.optim_wrapper.update(type='mmseg_resnest.AutocastOptimWrapper', dtype=DTYPES[amp], autocast_cpu=True)
 
 
-def check_resumable(runner: Runner, path: str) -> None:
-    """Reads a checkpoint safely and strictly before MMEngine does, which is neither."""
-    checkpoint = read_checkpoint(path)
-    missing = {'meta', 'optimizer'} - checkpoint.keys()
-    if missing:
-        raise ValueError(f'{path}: no checkpoint of a training run: it has no {", no ".join(sorted(missing))}')
-    if 'config' in checkpoint['meta']:  # never written by MMEngine, and run by it as Python
-        raise ValueError(f'{path}: its meta.config is code, which MMEngine would run; no training run writes it')
-    model = runner.model.module if is_model_wrapper(runner.model) else runner.model
-    load_strictly(model, model_weights(checkpoint), path)
+def set_start(cfg: Config, args: argparse.Namespace) -> None:
+    """Sets what the run starts from: the command line's checkpoint, else the config's, or none."""
+    if args.fine_tune and args.resume:
+        raise cli.UsageError('--fine-tune starts a run and --resume goes on with one; give one of them')
+    # As MMEngine has it, resume=True in a config goes on from load_from, if that is set.
+    resume = args.resume or (cfg.get('resume') and (cfg.get('load_from') or True))
+    cfg.resume = False
+    if args.fine_tune:
+        cfg.load_from = cli.existing_checkpoint(args.fine_tune)
+    elif resume:
+        newest = find_latest_checkpoint(cfg.work_dir) if resume is True else resume
+        if newest:
+            cfg.load_from, cfg.resume = cli.existing_checkpoint(newest), True
 
 
 def train(args: argparse.Namespace) -> None:
     """Builds the runner that the command line asks for and trains."""
     cfg = cli.load_config(args, 'train_dataloader')
-    for loader in ('train_dataloader', 'val_dataloader'):
-        if cfg.get(loader):
-            check_folders(loader, cfg[loader].dataset)
-            check_classes(loader, cfg)
+    set_start(cfg, args)
+    loaders = [loader for loader in ('train_dataloader', 'val_dataloader') if cfg.get(loader)]
+    for loader in loaders:
+        check_classes(loader, cfg)
+    if not args.skip_data_check:
+        check_before_run(cfg, loaders)
     if args.amp:
         set_amp(cfg, args.amp)
     if args.seed is not None:
         cfg.randomness = dict(cfg.get('randomness') or {}, seed=args.seed)
-    if args.resume:
-        cfg.resume = True
-        newest = find_latest_checkpoint(cfg.work_dir) if args.resume is True else args.resume
-        cfg.load_from = newest and cli.existing_checkpoint(newest)
     launch.set_launcher(cfg)
     runner = Runner.from_cfg(cfg)
-    if args.resume and cfg.load_from:
-        check_resumable(runner, cfg.load_from)
+    runner.register_hook(StrictLoading(cfg.get('load_from'), cfg.resume, bool(args.fine_tune)))
     runner.train()
     if runner.rank == 0:
         print(f'Trained {runner.iter} iterations; checkpoints and the log are in {runner.work_dir}')

@@ -1,0 +1,147 @@
+"""The authors' multi-scale evaluation (zhanghang1989/PyTorch-Encoding), beside OpenMMLab's test-time augmentation."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from mmengine.model import BaseModel
+from mmengine.structures import PixelData
+from mmseg.structures import SegDataSample
+from torch import Tensor, nn
+from torch.nn import functional
+
+from mmseg_resnest.registry import MODELS
+
+
+@MODELS.register_module()
+class AuthorsTTAModel(BaseModel):
+    r"""Segments an image at several scales, each with sliding windows and mirrored, as the authors evaluate.
+
+    The normalised image is resized so that its long side is ``ceil(base_size * scale)`` and covered by windows
+    ``crop_size`` square, at a stride of two thirds, padded at the right and bottom with black. With the logits
+    :math:`z` of a window :math:`x`, at its size, and the mirror :math:`m`, its scores are
+    :math:`\exp(z(x) + m(z(m(x))))`. They are averaged where windows overlap, resized to the image and summed over the
+    scales; the class with the highest sum is predicted. All resizing of images and scores is bilinear with
+    ``align_corners=True``; ``test_cfg`` of the module has no say.
+
+    Scores are float64. In float32 their exponential is infinite from 88.7 on, two logits of 45 suffice, and resizing
+    infinite scores gives nan: that is what the authors' program computes. Here the limit is 709, and where their
+    scores are finite the prediction is the same up to rounding.
+
+    For Cityscapes the authors' program has other scales, 0.75 to 2.25 in steps of 0.25. Its defaults for ``base_size``
+    and ``crop_size`` are those below for all data sets, and its documentation has no command for Cityscapes that would
+    give others: ``configs/_base_/cityscapes.py`` takes 2048 and 768, with which GluonCV trains on that data set.
+
+    Args:
+        module: The segmentor, or its config.
+        scales: Scales of ``base_size``.
+        base_size: Long side of the image at scale 1, in pixels.
+        crop_size: Side of a window, in pixels.
+
+    Raises:
+        ValueError: The segmentor has one logit a pixel, of which the highest means nothing.
+    """
+
+    def __init__(
+        self,
+        module: dict | nn.Module,
+        scales: Sequence[float] = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75),
+        base_size: int = 520,
+        crop_size: int = 480,
+    ) -> None:
+        super().__init__()
+        self.module = module if isinstance(module, nn.Module) else MODELS.build(module)
+        if self.module.out_channels == 1:
+            raise ValueError(
+                'AuthorsTTAModel: model.decode_head.out_channels=1; expected one for each of at least two classes. '
+                "Test without the authors' evaluation, or train with num_classes=2 and the softmax."
+            )
+        self.scales = tuple(scales)
+        self.base_size = base_size
+        self.crop_size = crop_size
+        self.stride = int(crop_size * (2 / 3))
+
+    @torch.no_grad()
+    def test_step(self, data: dict) -> list[SegDataSample]:
+        """Adds ``pred_sem_seg`` (1, H, W), int64, to each sample of a batch, whose images may differ in size.
+
+        Args:
+            data: ``inputs``, images (3, H, W) as loaded, not resized; and their ``data_samples``.
+
+        Raises:
+            ValueError: An image has another size than its file, or scores are not finite.
+        """
+        samples = []
+        for image, sample in zip(data['inputs'], data['data_samples'], strict=True):
+            height, width = image.shape[1:]
+            if tuple(sample.ori_shape) != (height, width):
+                raise ValueError(
+                    f'{sample.get("img_path")}: {height}x{width} pixels after the test pipeline, '
+                    f'{"x".join(map(str, sample.ori_shape))} in the file; expected the same, for AuthorsTTAModel '
+                    'resizes by itself. Take what resizes, crops or pads out of the test pipeline.'
+                )
+            batch = dict(inputs=[image, torch.zeros_like(image)], data_samples=[sample, sample])
+            batch = self.module.data_preprocessor(batch)
+            normalised, black = batch['inputs'][..., :height, :width]  # without the padding that it may add
+            scores = self(normalised, black[:, :1, :1])
+            if not scores.isfinite().all():
+                raise ValueError(
+                    f'{sample.get("img_path")}: scores are not finite; expected logits of at most 354. '
+                    "The model's weights are damaged, or its training diverged."
+                )
+            sample = batch['data_samples'][0]
+            sample.set_data(dict(pred_sem_seg=PixelData(data=scores.argmax(0, keepdim=True))))
+            samples.append(sample)
+        return samples
+
+    def forward(self, image: Tensor, black: Tensor) -> Tensor:
+        """Computes the scores of each class, summed over the scales.
+
+        Args:
+            image: A normalised image (3, H, W).
+            black: A normalised black pixel (3, 1, 1).
+
+        Returns:
+            Scores (classes, H, W), float64.
+        """
+        size = image.shape[1:]
+        scores = image.new_zeros(self.module.out_channels, *size, dtype=torch.float64)
+        for scale in self.scales:
+            resized = _resize(image, self._scaled_size(*size, scale))
+            scores += _resize(self._windowed_scores(resized, black), size)
+        return scores
+
+    def _scaled_size(self, height: int, width: int, scale: float) -> tuple[int, int]:
+        long_side = math.ceil(self.base_size * scale)
+        if height > width:
+            return long_side, int(width * long_side / height + 0.5)
+        return int(height * long_side / width + 0.5), long_side
+
+    def _windowed_scores(self, image: Tensor, black: Tensor) -> Tensor:
+        """Averages the scores of the windows over an image (3, H, W); the windows at its border look over it."""
+        height, width = image.shape[1:]
+        crop, rows, columns = self.crop_size, self._window_starts(height), self._window_starts(width)
+        padded = black.repeat(1, rows[-1] + crop, columns[-1] + crop)
+        padded[:, :height, :width] = image
+        scores = padded.new_zeros(self.module.out_channels, *padded.shape[1:], dtype=torch.float64)
+        covered = padded.new_zeros(padded.shape[1:])
+        for top in rows:
+            for left in columns:
+                window = slice(top, top + crop), slice(left, left + crop)
+                scores[:, *window] += self._mirrored_scores(padded[:, *window])
+                covered[window] += 1
+        return (scores / covered)[:, :height, :width]
+
+    def _window_starts(self, length: int) -> range:
+        return range(0, max(length - self.crop_size, 0) + self.stride, self.stride)
+
+    def _mirrored_scores(self, window: Tensor) -> Tensor:
+        pair = torch.stack([window, window.flip(-1)])
+        # mmseg takes a torch.Size for the size to which logits are resized.
+        logits, mirrored = self.module.encode_decode(pair, [dict(img_shape=pair.shape[2:])] * 2).double()
+        return (logits + mirrored.flip(-1)).exp()
+
+
+def _resize(x: Tensor, size: Sequence[int]) -> Tensor:
+    """Resizes (C, H, W) so that the centres of the corner pixels stay where they are."""
+    return functional.interpolate(x[None], tuple(size), mode='bilinear', align_corners=True)[0]
