@@ -7,7 +7,8 @@ The batch size is a process's: on N GPUs give train_dataloader.batch_size=16/N w
 GPU hours: 23 on one H200, at 29 images/s and 46 GiB (tools/benchmark.py, random data).
 Published: pixel accuracy 82.62, mIoU 47.60, multi-scale and flip (model zoo of zhanghang1989/PyTorch-Encoding).
 That is below ResNeSt-200's 48.36; it is what was published.
-Not reproduced here yet; ``tools/test.py`` evaluates one scale with sliding windows of 480.
+Not reproduced here yet; ``tools/test.py`` evaluates one scale with sliding windows of 480,
+``tools/test.py --tta authors`` as they did.
 """
 
 _base_ = ['_base_/deeplabv3_authors.py', '_base_/ade20k_authors.py', '_base_/schedule_authors.py', '_base_/runtime.py']

@@ -6,7 +6,8 @@
 The batch size is a process's: on N GPUs give train_dataloader.batch_size=16/N with --cfg-options.
 GPU hours: 10 on one H200, at 68 images/s and 18 GiB (tools/benchmark.py, random data).
 Published: pixel accuracy 81.17, mIoU 45.12, multi-scale and flip (model zoo of zhanghang1989/PyTorch-Encoding).
-Not reproduced here yet; ``tools/test.py`` evaluates one scale with sliding windows of 480.
+Not reproduced here yet; ``tools/test.py`` evaluates one scale with sliding windows of 480,
+``tools/test.py --tta authors`` as they did.
 """
 
 _base_ = ['_base_/deeplabv3_authors.py', '_base_/ade20k_authors.py', '_base_/schedule_authors.py', '_base_/runtime.py']

@@ -6,7 +6,8 @@
 The batch size is a process's: on N GPUs give train_dataloader.batch_size=16/N with --cfg-options.
 GPU hours: 9 on one H200, at 72 images/s and 18 GiB (tools/benchmark.py, random data).
 Published: pixel accuracy 80.18, mIoU 42.94, multi-scale and flip (model zoo of zhanghang1989/PyTorch-Encoding).
-Not reproduced here yet; ``tools/test.py`` evaluates one scale with sliding windows of 480.
+Not reproduced here yet; ``tools/test.py`` evaluates one scale with sliding windows of 480,
+``tools/test.py --tta authors`` as they did.
 """
 
 _base_ = ['_base_/fcn_authors.py', '_base_/ade20k_authors.py', '_base_/schedule_authors.py', '_base_/runtime.py']

@@ -28,6 +28,10 @@ tta_pipeline = [
         ],
     ),
 ]
+# The scales are the authors' for Cityscapes. They name no sizes for it; these are GluonCV's.
+authors_tta_model = dict(
+    type='mmseg_resnest.AuthorsTTAModel', scales=(0.75, 1.0, 1.25, 1.5, 1.75, 2.0, 2.25), base_size=2048, crop_size=768
+)
 train_dataloader = dict(
     batch_size=8,
     num_workers=8,

@@ -8,6 +8,9 @@ default_hooks = dict(
     checkpoint=dict(type='CheckpointHook', by_epoch=False, interval=8000, max_keep_ckpts=3, save_best='mIoU'),
     sampler_seed=dict(type='DistSamplerSeedHook'),
     visualization=dict(type='SegVisualizationHook'),
+    # A bad sample, or a loss that is not finite, stops the run; 'skip' goes on without it.
+    samples=dict(type='mmseg_resnest.SampleCheckHook', on_bad_sample='stop'),
+    nonfinite=dict(type='mmseg_resnest.NonFiniteHook', action='stop', limit=10),
 )
 custom_hooks = [dict(type='mmseg_resnest.BatchNormCheckHook'), dict(type='mmseg_resnest.ProgressBarHook')]
 env_cfg = dict(

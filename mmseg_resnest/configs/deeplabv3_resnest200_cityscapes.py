@@ -10,6 +10,19 @@ Published: nothing for this depth and recipe.
 Generated from configs/deeplabv3_resnest200_cityscapes.py by `make configs`; edit that file.
 """
 
+authors_tta_model = dict(
+    base_size=2048,
+    crop_size=768,
+    scales=(
+        0.75,
+        1.0,
+        1.25,
+        1.5,
+        1.75,
+        2.0,
+        2.25,
+    ),
+    type='mmseg_resnest.AuthorsTTAModel')
 custom_hooks = [
     dict(type='mmseg_resnest.BatchNormCheckHook'),
     dict(type='mmseg_resnest.ProgressBarHook'),
@@ -23,8 +36,11 @@ default_hooks = dict(
         save_best='mIoU',
         type='CheckpointHook'),
     logger=dict(interval=50, log_metric_by_epoch=False, type='LoggerHook'),
+    nonfinite=dict(
+        action='stop', limit=10, type='mmseg_resnest.NonFiniteHook'),
     param_scheduler=dict(type='ParamSchedulerHook'),
     sampler_seed=dict(type='DistSamplerSeedHook'),
+    samples=dict(on_bad_sample='stop', type='mmseg_resnest.SampleCheckHook'),
     timer=dict(type='IterTimerHook'),
     visualization=dict(type='SegVisualizationHook'))
 default_scope = 'mmseg'
@@ -91,7 +107,7 @@ model = dict(
         type='ASPPHead'),
     test_cfg=dict(mode='whole'),
     train_cfg=dict(),
-    type='EncoderDecoder')
+    type='mmseg.EncoderDecoder')
 optim_wrapper = dict(
     dtype='bfloat16',
     optimizer=dict(lr=0.01, momentum=0.9, type='SGD', weight_decay=0.0005),

@@ -6,7 +6,8 @@
 The batch size is a process's: on N GPUs give train_dataloader.batch_size=16/N with --cfg-options.
 GPU hours: 10 on one H200, at 68 images/s and 18 GiB (tools/benchmark.py, random data).
 Published: pixel accuracy 81.17, mIoU 45.12, multi-scale and flip (model zoo of zhanghang1989/PyTorch-Encoding).
-Not reproduced here yet; ``tools/test.py`` evaluates one scale with sliding windows of 480.
+Not reproduced here yet; ``tools/test.py`` evaluates one scale with sliding windows of 480,
+``tools/test.py --tta authors`` as they did.
 
 Generated from configs/deeplabv3_resnest50_ade20k_authors.py by `make configs`; edit that file.
 """
@@ -24,8 +25,11 @@ default_hooks = dict(
         save_best='mIoU',
         type='CheckpointHook'),
     logger=dict(interval=50, log_metric_by_epoch=True, type='LoggerHook'),
+    nonfinite=dict(
+        action='stop', limit=10, type='mmseg_resnest.NonFiniteHook'),
     param_scheduler=dict(type='ParamSchedulerHook'),
     sampler_seed=dict(type='DistSamplerSeedHook'),
+    samples=dict(on_bad_sample='stop', type='mmseg_resnest.SampleCheckHook'),
     timer=dict(type='IterTimerHook'),
     visualization=dict(type='SegVisualizationHook'))
 default_scope = 'mmseg'
@@ -95,7 +99,7 @@ model = dict(
         320,
     )),
     train_cfg=dict(),
-    type='EncoderDecoder')
+    type='mmseg.EncoderDecoder')
 optim_wrapper = dict(
     dtype='bfloat16',
     optimizer=dict(lr=0.01, momentum=0.9, type='SGD', weight_decay=0.0001),

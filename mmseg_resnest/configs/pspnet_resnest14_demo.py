@@ -22,8 +22,11 @@ default_hooks = dict(
         save_best=None,
         type='CheckpointHook'),
     logger=dict(interval=10, log_metric_by_epoch=False, type='LoggerHook'),
+    nonfinite=dict(
+        action='stop', limit=10, type='mmseg_resnest.NonFiniteHook'),
     param_scheduler=dict(type='ParamSchedulerHook'),
     sampler_seed=dict(type='DistSamplerSeedHook'),
+    samples=dict(on_bad_sample='stop', type='mmseg_resnest.SampleCheckHook'),
     timer=dict(type='IterTimerHook'),
     visualization=dict(type='SegVisualizationHook'))
 default_scope = 'mmseg'
@@ -156,7 +159,7 @@ model = dict(
         type='PSPHead'),
     test_cfg=dict(mode='whole'),
     train_cfg=dict(),
-    type='EncoderDecoder')
+    type='mmseg.EncoderDecoder')
 optim_wrapper = dict(
     dtype='bfloat16',
     optimizer=dict(lr=0.004, type='AdamW', weight_decay=0.01),

@@ -23,8 +23,11 @@ default_hooks = dict(
         save_best='mIoU',
         type='CheckpointHook'),
     logger=dict(interval=50, log_metric_by_epoch=False, type='LoggerHook'),
+    nonfinite=dict(
+        action='stop', limit=10, type='mmseg_resnest.NonFiniteHook'),
     param_scheduler=dict(type='ParamSchedulerHook'),
     sampler_seed=dict(type='DistSamplerSeedHook'),
+    samples=dict(on_bad_sample='stop', type='mmseg_resnest.SampleCheckHook'),
     timer=dict(type='IterTimerHook'),
     visualization=dict(type='SegVisualizationHook'))
 default_scope = 'mmseg'
@@ -162,7 +165,7 @@ model = dict(
         type='PSPHead'),
     test_cfg=dict(mode='whole'),
     train_cfg=dict(),
-    type='EncoderDecoder')
+    type='mmseg.EncoderDecoder')
 optim_wrapper = dict(
     dtype='bfloat16',
     optimizer=dict(lr=0.01, momentum=0.9, type='SGD', weight_decay=0.0005),

@@ -1,0 +1,87 @@
+"""The segmentation model that finishes the logits of any mmsegmentation head, in one place."""
+
+import torch
+from mmengine.logging import print_log
+from mmseg.models.decode_heads.decode_head import BaseDecodeHead
+from mmseg.models.losses import CrossEntropyLoss
+from mmseg.models.segmentors import EncoderDecoder as _EncoderDecoder
+from mmseg.utils import SampleList, add_prefix
+from torch import Tensor, nn
+
+from mmseg_resnest.ops import upsample_cross_entropy
+from mmseg_resnest.registry import MODELS
+
+
+@MODELS.register_module()
+class EncoderDecoder(_EncoderDecoder):
+    """mmsegmentation's EncoderDecoder whose training never stores full-resolution logits.
+
+    A head whose loss is the softmax cross-entropy of its upsampled logits is finished by
+    ``ops.upsample_cross_entropy``; any other takes mmsegmentation's own path. The log says once which. Names and values
+    of the losses are mmsegmentation's, but where a loss is averaged over what is not ignored (``avg_non_ignore``,
+    ``class_weight``): that is counted over all ranks.
+    """
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        for name, head in self._heads().items():
+            reason = why_not_fused(head)
+            path = f"mmsegmentation's own: {reason}" if reason else 'fused with the upsampling'
+            print_log(f'{name}: {type(head).__name__}, loss {path}', logger='current')
+
+    def _heads(self) -> dict[str, nn.Module]:
+        """Returns the heads under the prefixes of their losses."""
+        if not self.with_auxiliary_head:
+            return dict(decode=self.decode_head)
+        if isinstance(self.auxiliary_head, nn.ModuleList):
+            return dict(decode=self.decode_head) | {f'aux_{i}': head for i, head in enumerate(self.auxiliary_head)}
+        return dict(decode=self.decode_head, aux=self.auxiliary_head)
+
+    def loss(self, inputs: Tensor, data_samples: SampleList) -> dict[str, Tensor]:
+        """Returns the losses and accuracies of all heads for images (N, 3, H, W)."""
+        features = self.extract_feat(inputs)
+        losses = {}
+        for name, head in self._heads().items():
+            if why_not_fused(head):
+                head_losses = head.loss(features, data_samples, self.train_cfg)
+            else:
+                head_losses = fused_loss(head, head(features), head._stack_batch_gt(data_samples).squeeze(1))
+            losses |= add_prefix(head_losses, name)
+        return losses
+
+
+def why_not_fused(head: nn.Module) -> str:
+    """Returns why a head's loss is not what ``fused_loss`` computes; empty if it is."""
+    loss = getattr(head, 'loss_decode', None)
+    plain = all(getattr(type(head), name, None) is getattr(BaseDecodeHead, name) for name in ('loss', 'loss_by_feat'))
+    if not plain:
+        return f'{type(head).__name__} has a loss of its own'
+    if head.sampler is not None:
+        return 'a sampler chooses pixels'
+    if type(loss) is not CrossEntropyLoss:
+        return f"{type(loss).__name__} is not mmsegmentation's CrossEntropyLoss alone"
+    if loss.use_sigmoid or loss.use_mask or loss.reduction != 'mean':
+        return 'it is no mean softmax cross-entropy'
+    return ''
+
+
+def fused_loss(head: BaseDecodeHead, logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    """Returns a head's loss and accuracy, as ``BaseDecodeHead.loss_by_feat`` names them.
+
+    Args:
+        head: A head for which ``why_not_fused`` knows no reason.
+        logits: (N, C, h, w), its output.
+        labels: (N, H, W).
+    """
+    criterion = head.loss_decode
+    weight = None if criterion.class_weight is None else torch.tensor(criterion.class_weight, device=logits.device)
+    loss, accuracy = upsample_cross_entropy(
+        logits,
+        labels,
+        ignore_index=head.ignore_index,
+        class_weight=weight,
+        align_corners=head.align_corners,
+        # mmsegmentation divides by the labels' weights where classes have any
+        average='valid' if criterion.avg_non_ignore or weight is not None else 'all',
+    )
+    return {criterion.loss_name: criterion.loss_weight * loss, 'acc_seg': accuracy}

@@ -1,0 +1,148 @@
+"""EncoderDecoder against mmsegmentation's: the same names, values and gradients on the same weights."""
+
+import copy
+
+import pytest
+import torch
+from mmengine.config import ConfigDict
+from mmengine.logging import MMLogger
+from mmengine.structures import PixelData
+from mmseg.registry import MODELS
+from mmseg.structures import SegDataSample
+
+from mmseg_resnest.segmentor import why_not_fused
+
+CLASSES = 7
+COMMON = dict(num_classes=CLASSES, channels=16, norm_cfg=dict(type='BN'), dropout_ratio=0)
+HEADS = {
+    'fcn': dict(type='FCNHead', in_channels=2048, in_index=3),
+    'pspnet': dict(type='PSPHead', in_channels=2048, in_index=3),
+    'deeplabv3': dict(type='ASPPHead', in_channels=2048, in_index=3, dilations=(1, 12, 24, 36)),
+    'deeplabv3plus': dict(
+        type='DepthwiseSeparableASPPHead',
+        in_channels=2048,
+        in_index=3,
+        dilations=(1, 12, 24, 36),
+        c1_in_channels=256,
+        c1_channels=8,
+    ),
+    'authors': dict(type='mmseg_resnest.AuthorsDeepLabV3Head', in_channels=2048, in_index=3, dilations=(12, 24, 36)),
+}
+AUXILIARY = dict(type='FCNHead', in_channels=1024, in_index=2, num_convs=1, **COMMON)
+
+
+def make_config(head, loss, auxiliary):
+    common = {key: value for key, value in COMMON.items() if head != 'authors' or key != 'dropout_ratio'}
+    return dict(
+        type='EncoderDecoder',
+        backbone=dict(type='mmseg_resnest.ResNeSt', depth=14, output_stride=8, norm_cfg=dict(type='BN')),
+        decode_head=dict(HEADS[head], align_corners=head == 'authors', loss_decode=loss, **common),
+        auxiliary_head=auxiliary,
+        test_cfg=ConfigDict(mode='whole'),
+    )
+
+
+def make_pair(config):
+    """Returns mmsegmentation's model and ours, with the same weights, in training but without dropout."""
+    torch.manual_seed(0)
+    theirs = MODELS.build(copy.deepcopy(config)).train()
+    ours = MODELS.build(copy.deepcopy(config) | dict(type='mmseg_resnest.EncoderDecoder')).train()
+    ours.load_state_dict(theirs.state_dict())
+    for model in (theirs, ours):
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout | torch.nn.Dropout2d):
+                module.p = 0
+    return theirs, ours
+
+
+def make_batch():
+    generator = torch.Generator().manual_seed(1)
+    samples = []
+    for share in (0.1, 0.6):  # unevenly ignored
+        labels = torch.randint(0, CLASSES, (1, 64, 96), generator=generator)
+        labels[torch.rand(labels.shape, generator=generator) < share] = 255
+        samples.append(SegDataSample(gt_sem_seg=PixelData(data=labels)))
+    return torch.randn(2, 3, 64, 96, generator=generator), samples
+
+
+def run(model, batch):
+    losses = model.loss(*batch)
+    sum(value for name, value in losses.items() if 'loss' in name).backward()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    return losses, gradients
+
+
+def assert_same(config):
+    theirs, ours = make_pair(config)
+    (losses, gradients), (found, found_gradients) = run(theirs, make_batch()), run(ours, make_batch())
+    assert found.keys() == losses.keys()
+    for name, value in losses.items():
+        assert torch.allclose(found[name], value, rtol=1e-4, atol=1e-6), name
+    for name, gradient in gradients.items():
+        assert (found_gradients[name] - gradient).norm() <= 1e-4 * gradient.norm() + 1e-6, name
+
+
+@pytest.mark.parametrize('head', HEADS)
+def test_equals_mmsegmentation(head):
+    assert_same(make_config(head, dict(type='CrossEntropyLoss', loss_weight=0.7), AUXILIARY))
+
+
+@pytest.mark.parametrize(
+    'loss',
+    [
+        dict(type='CrossEntropyLoss', avg_non_ignore=True),
+        dict(type='CrossEntropyLoss', class_weight=[0.5, 1.0, 2.0, 1.0, 1.5, 0.1, 3.0], loss_name='loss_weighted'),
+    ],
+)
+def test_equals_mmsegmentation_for_other_averages(loss):
+    assert_same(make_config('fcn', loss, None))
+
+
+def test_equals_mmsegmentation_with_two_auxiliary_heads():
+    two = [AUXILIARY, dict(AUXILIARY, in_channels=512, in_index=1, loss_decode=dict(type='CrossEntropyLoss'))]
+    assert_same(make_config('fcn', dict(type='CrossEntropyLoss'), two))
+
+
+@pytest.mark.parametrize(
+    ('change', 'reason'),
+    [
+        (dict(loss_decode=dict(type='DiceLoss')), 'DiceLoss is not'),
+        (dict(loss_decode=[dict(type='CrossEntropyLoss'), dict(type='DiceLoss')]), 'ModuleList is not'),
+        (dict(loss_decode=dict(type='CrossEntropyLoss', use_sigmoid=True)), 'no mean softmax'),
+        (dict(sampler=dict(type='OHEMPixelSampler', thresh=0.7, min_kept=100)), 'a sampler chooses'),
+        (
+            dict(
+                type='EncHead',
+                in_channels=[1024, 2048],
+                in_index=(2, 3),
+                num_codes=4,
+                loss_se_decode=dict(type='CrossEntropyLoss', use_sigmoid=True),
+            ),
+            'its own',
+        ),
+    ],
+)
+def test_other_losses_take_the_path_of_mmsegmentation(change, reason):
+    config = make_config('fcn', dict(type='CrossEntropyLoss'), None)
+    config['decode_head'] |= change
+    assert reason in why_not_fused(MODELS.build(copy.deepcopy(config)).decode_head)
+    assert_same(config)
+
+
+@pytest.mark.parametrize('loss', [dict(type='CrossEntropyLoss'), dict(type='DiceLoss')])
+def test_log_says_which_path(loss, caplog, monkeypatch):
+    monkeypatch.setattr(MMLogger.get_current_instance(), 'handlers', [caplog.handler])
+    MODELS.build(make_config('fcn', loss, AUXILIARY) | dict(type='mmseg_resnest.EncoderDecoder'))
+    log = caplog.text
+    assert 'aux: FCNHead, loss fused with the upsampling' in log
+    expected = 'DiceLoss is not' if loss['type'] == 'DiceLoss' else 'decode: FCNHead, loss fused'
+    assert expected in log
+
+
+def test_predicts_as_mmsegmentation():
+    theirs, ours = make_pair(make_config('fcn', dict(type='CrossEntropyLoss'), None))
+    inputs, _ = make_batch()
+    with torch.no_grad():
+        expected, found = (model.eval().predict(inputs) for model in (theirs, ours))
+    for a, b in zip(expected, found, strict=True):
+        assert torch.equal(a.pred_sem_seg.data, b.pred_sem_seg.data)
