@@ -1,0 +1,53 @@
+"""The pages of docs/: what they quote is what the package has."""
+
+import re
+
+import pytest
+from mmengine.config import Config
+from mmseg.models.backbones import ResNeSt as MMSegResNeSt
+from mmseg.registry import MODELS
+from tiny import ROOT
+
+from mmseg_resnest import ResNeSt
+from mmseg_resnest.checkpoints import OFFICIAL
+from mmseg_resnest.key_maps import ENCODING, TIMM
+
+DOCS = ROOT / 'docs'
+
+
+def test_the_two_configs_of_the_page_for_mmsegmentations_users(tmp_path):
+    """One has mmsegmentation's backbone and the other ours, and all else is the same."""
+    before, after = re.findall(r'```python\n(.*?)```', (DOCS / 'from_mmsegmentation.md').read_text(), re.DOTALL)
+    configs = {}
+    for name, text in dict(before=before, after=after).items():
+        (tmp_path / f'{name}.py').write_text(text)
+        configs[name] = Config.fromfile(tmp_path / f'{name}.py')
+    backbones = [MODELS.build(config.model.backbone) for config in configs.values()]
+    assert [type(backbone) for backbone in backbones] == [MMSegResNeSt, ResNeSt]
+    theirs, ours = (sorted((tuple(p.shape) for p in backbone.parameters()), key=str) for backbone in backbones)
+    assert theirs == ours
+    assert backbones[1].layer4[1].conv2.conv.dilation == backbones[0].layer4[1].conv2.conv.dilation == (4, 4)
+    for config in configs.values():
+        del config.model['backbone'], config.model['pretrained']
+    assert configs['before'].to_dict() == configs['after'].to_dict()
+
+
+@pytest.mark.parametrize('page', ['from_mmsegmentation.md', 'model_zoo.md'])
+def test_every_file_of_ours_that_a_page_names_is_there(page):
+    text = (DOCS / page).read_text()
+    links = [link for link in re.findall(r'\]\(([^)#\s]+)', text) if '://' not in link]
+    names = re.findall(r'(?:tools|configs)/\w+\.py', text)
+    assert not [link for link in links if not (DOCS / link).exists()]
+    assert not [name for name in names if not (ROOT / name).is_file()]
+    assert len(names) >= 4
+
+
+def test_the_model_zoo_lists_every_file_that_is_recognised():
+    rows = [
+        [cell.strip() for cell in line.strip('|').split('|')]
+        for line in (DOCS / 'model_zoo.md').read_text().splitlines()
+        if line.startswith('| ')
+    ]
+    hashes = {row[0]: row[1] for row in rows}
+    assert {name: hashes.get(name) for name in OFFICIAL | ENCODING} == OFFICIAL | ENCODING
+    assert hashes.keys() >= TIMM.keys()
