@@ -33,9 +33,9 @@ train_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='LoadAnnotations'),
     dict(type='RandomResize', scale=(480, 360), ratio_range=(0.5, 2.0), keep_ratio=True),
-    dict(type='RandomCrop', crop_size=(360, 480), cat_max_ratio=0.75),
+    dict(type='mmseg_resnest.RandomCrop', crop_size=(360, 480), cat_max_ratio=0.75),
     dict(type='RandomFlip', prob=0.5),
-    dict(type='PhotoMetricDistortion'),
+    dict(type='mmseg_resnest.PhotoMetricDistortion'),
     dict(type='PackSegInputs'),
 ]
 test_pipeline = [

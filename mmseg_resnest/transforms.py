@@ -1,15 +1,74 @@
-"""Pipelines of transforms: what is checked while they run."""
+"""Transforms that are exactly mmsegmentation's, and faster; and what is checked while a pipeline runs."""
 
 from pathlib import Path
 from typing import TypeVar
 
+import cv2
 import numpy as np
+from mmcv.transforms.utils import cache_randomness
 from mmengine.dataset import Compose
+from mmseg.datasets.transforms import PhotoMetricDistortion as _PhotoMetricDistortion
+from mmseg.datasets.transforms import RandomCrop as _RandomCrop
 from torch import Tensor
+
+from mmseg_resnest.registry import TRANSFORMS
 
 Labels = TypeVar('Labels', np.ndarray, Tensor)
 
 MAX_BAD_IN_A_ROW = 100
+
+
+@TRANSFORMS.register_module()
+class RandomCrop(_RandomCrop):
+    """mmsegmentation's RandomCrop: the same crops, where a histogram counts the classes that ``np.unique`` sorted."""
+
+    @cache_randomness
+    def crop_bbox(self, results: dict) -> tuple[int, int, int, int]:
+        """Draws a crop, at most ten times more while one class has ``cat_max_ratio`` of its labelled pixels.
+
+        Args:
+            results: The pipeline's: ``img`` (H, W, C) and ``gt_seg_map`` (H, W), non-negative integers.
+
+        Returns:
+            Top, bottom, left, right.
+        """
+        box = self._draw(results['img'].shape)
+        for _ in range(10 if self.cat_max_ratio < 1 else 0):
+            counts = np.bincount(self.crop(results['gt_seg_map'], box).ravel(), minlength=self.ignore_index + 1)
+            counts[self.ignore_index] = 0
+            if np.count_nonzero(counts) > 1 and counts.max() / counts.sum() < self.cat_max_ratio:
+                break
+            box = self._draw(results['img'].shape)
+        return box
+
+    def _draw(self, shape: tuple[int, ...]) -> tuple[int, int, int, int]:
+        height, width = self.crop_size
+        top = np.random.randint(0, max(shape[0] - height, 0) + 1)
+        left = np.random.randint(0, max(shape[1] - width, 0) + 1)
+        return top, top + height, left, left + width
+
+
+@TRANSFORMS.register_module()
+class PhotoMetricDistortion(_PhotoMetricDistortion):
+    """mmsegmentation's PhotoMetricDistortion: the same pictures, where a table of 256 entries replaces arithmetic."""
+
+    def convert(self, img: np.ndarray, alpha: float = 1, beta: float = 0) -> np.ndarray:
+        """Returns ``clip(img * alpha + beta, 0, 255)``, uint8."""
+        if img.dtype != np.uint8:
+            return super().convert(img, alpha, beta)
+        return cv2.LUT(img, super().convert(np.arange(256, dtype=np.uint8), alpha, beta))
+
+    def hue(self, img: np.ndarray) -> np.ndarray:
+        """Turns the hue of a picture (H, W, 3), BGR, by up to ``hue_delta``, every other time."""
+        if img.dtype != np.uint8:
+            return super().hue(img)
+        if not np.random.randint(2):
+            return img
+        hsv = cv2.cvtColor(img, cv2.COLOR_BGR2HSV)
+        delta = np.random.randint(-self.hue_delta, self.hue_delta)
+        table = ((np.arange(256) + delta) % 180).astype(np.uint8)
+        hsv[..., 0] = cv2.LUT(hsv[..., 0], table)
+        return cv2.cvtColor(hsv, cv2.COLOR_HSV2BGR)
 
 
 class CheckedCompose(Compose):

@@ -24,7 +24,6 @@ from mmseg.datasets import (
     CityscapesDataset,
     PackSegInputs,
     PascalContextDataset59,
-    PhotoMetricDistortion,
 )
 from mmseg.models import (
     ASPPHead,
@@ -46,6 +45,7 @@ from mmseg_resnest.hooks import BatchNormCheckHook, ProgressBarHook
 from mmseg_resnest.metrics import IoUMetric
 from mmseg_resnest.optim import AutocastOptimWrapper
 from mmseg_resnest.prepare import PASCAL_CONTEXT_IDS
+from mmseg_resnest.transforms import PhotoMetricDistortion
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / 'configs'
@@ -242,7 +242,7 @@ def test_title_is_the_recipe_below(leaf):
     assert cfg.model.backbone.depth == int(depth)
     assert cfg.model.backbone.init_cfg.checkpoint == f'resnest://resnest{depth}'
     assert cfg.train_dataloader.batch_size == int(batch)
-    (cropping,) = (part for part in cfg.train_dataloader.dataset.pipeline if part.type == 'RandomCrop')
+    (cropping,) = (part for part in cfg.train_dataloader.dataset.pipeline if part.type.endswith('RandomCrop'))
     assert crop == 'x'.join(map(str, cropping.crop_size))
     assert tuple(cfg.model.data_preprocessor['size']) == tuple(cropping.crop_size)
     iterations = unit == 'k iterations'

@@ -21,14 +21,21 @@ from mmengine.runner import Runner
 from mmpretrain.structures import DataSample
 
 import mmseg_resnest.registry
-from mmseg_resnest import ResNeSt, heads, hooks, metrics, optim, tta
+from mmseg_resnest import ResNeSt, heads, hooks, metrics, optim, segmentor, transforms, tta
 
 KINDS = {name: value for name, value in vars(root).items() if isinstance(value, Registry)}
 OURS = {
-    'MODELS': [ResNeSt, heads.AuthorsDeepLabV3Head, heads.AuthorsFCNHead, tta.AuthorsTTAModel],
+    'MODELS': [
+        ResNeSt,
+        heads.AuthorsDeepLabV3Head,
+        heads.AuthorsFCNHead,
+        segmentor.EncoderDecoder,
+        tta.AuthorsTTAModel,
+    ],
     'OPTIM_WRAPPERS': [optim.AutocastOptimWrapper],
-    'HOOKS': [hooks.BatchNormCheckHook, hooks.ProgressBarHook],
+    'HOOKS': [hooks.BatchNormCheckHook, hooks.NonFiniteHook, hooks.ProgressBarHook, hooks.SampleCheckHook],
     'METRICS': [metrics.IoUMetric],
+    'TRANSFORMS': [transforms.PhotoMetricDistortion, transforms.RandomCrop],
 }
 
 
@@ -242,7 +249,7 @@ def test_training_from_a_downstream_text_config(tmp_path):
     dataset = runner.train_dataloader.dataset
     assert type(dataset) is mmseg.datasets.BaseSegDataset
     assert [type(transform).__module__.split('.')[0] for transform in dataset.pipeline.transforms] == [
-        'mmcv', 'mmseg', 'mmcv', 'mmseg', 'mmseg', 'mmseg', 'mmseg'
+        'mmcv', 'mmseg', 'mmcv', 'mmseg_resnest', 'mmseg', 'mmseg_resnest', 'mmseg'
     ]  # fmt: skip
     assert type(dataset.pipeline.transforms[2].resize) is mmseg.registry.TRANSFORMS.get('Resize')
     assert dataset[0]['data_samples'].gt_sem_seg.data.unique().tolist() == [0, 1]

@@ -7,12 +7,14 @@ import numpy as np
 import pytest
 from mmengine.dataset import Compose
 from mmseg.datasets import BaseSegDataset
+from mmseg.datasets.transforms import PhotoMetricDistortion as MmsegPhotoMetricDistortion
+from mmseg.datasets.transforms import RandomCrop as MmsegRandomCrop
 from mmseg.registry import TRANSFORMS
 from PIL import Image
 from tiny import CLASSES, SIZE, write_data_set
 
 from mmseg_resnest import transforms
-from mmseg_resnest.transforms import CheckedCompose, label_problem
+from mmseg_resnest.transforms import CheckedCompose, PhotoMetricDistortion, RandomCrop, label_problem
 
 TRAINING = [
     dict(type='LoadImageFromFile'),
@@ -26,6 +28,41 @@ TEST = [
     dict(type='LoadAnnotations'),
     dict(type='PackSegInputs'),
 ]
+
+
+@pytest.mark.parametrize('kind', [np.uint8, np.float32])
+def test_photometric_distortion_is_that_of_mmsegmentation(kind):
+    image = np.random.default_rng(0).integers(0, 256, (40, 56, 3), np.uint8).astype(kind)
+    changed = 0
+    for seed in range(40):  # each of the 2**5 ways several times
+        np.random.seed(seed)
+        expected = MmsegPhotoMetricDistortion()(dict(img=image.copy()))['img']
+        np.random.seed(seed)
+        found = PhotoMetricDistortion()(dict(img=image.copy()))['img']
+        assert found.dtype == expected.dtype
+        assert np.array_equal(found, expected)
+        changed += not np.array_equal(found, image)
+    assert changed > 30
+
+
+@pytest.mark.parametrize('ratio', [0.3, 0.75, 1.0])
+@pytest.mark.parametrize('ignore_index', [255, 2])
+def test_random_crop_is_that_of_mmsegmentation(ratio, ignore_index):
+    random = np.random.default_rng(0)
+    boxes = set()
+    for seed in range(40):
+        labels = (
+            random.choice([0, 1, 2, 255], (6, 8), p=[0.6, 0.2, 0.1, 0.1]).astype(np.uint8).repeat(8, 0).repeat(8, 1)
+        )
+        sample = dict(img=random.integers(0, 256, (48, 64, 3), np.uint8), gt_seg_map=labels, seg_fields=['gt_seg_map'])
+        crops = []
+        for kind in (MmsegRandomCrop, RandomCrop):
+            np.random.seed(seed)
+            crops.append(kind((24, 80), ratio, ignore_index)(dict(sample)))  # wider than the image
+        assert np.array_equal(crops[0]['img'], crops[1]['img'])
+        assert np.array_equal(crops[0]['gt_seg_map'], crops[1]['gt_seg_map'])
+        boxes.add(crops[0]['img'].tobytes())
+    assert len(boxes) == 40
 
 
 def labels_as(array):

@@ -1,9 +1,7 @@
 """The fused upsampling and cross-entropy, both implementations, against torch's own in float64.
 
-On a machine without a GPU the kernels run in Triton's interpreter.
+On a machine without a GPU the kernels run in Triton's interpreter (conftest.py).
 """
-
-import os
 
 import pytest
 import torch
@@ -12,9 +10,6 @@ import torch.multiprocessing as mp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
-
-if not torch.cuda.is_available():
-    os.environ['TRITON_INTERPRET'] = '1'  # read when the kernels are imported
 
 from mmseg_resnest.ops import upsample_cross_entropy
 from mmseg_resnest.ops.bilinear import bilinear_axis

@@ -12,7 +12,7 @@ train_pipeline = [
     dict(type='RandomFlip', prob=0.5),
     dict(type='RandomResize', scale=(520, 520), ratio_range=(0.5, 2.0), keep_ratio=True),
     dict(type='Pad', size=(480, 480), pad_val=dict(img=0, seg=255)),
-    dict(type='RandomCrop', crop_size=(480, 480)),
+    dict(type='mmseg_resnest.RandomCrop', crop_size=(480, 480)),
     dict(type='PackSegInputs'),
 ]
 test_pipeline = [

@@ -169,12 +169,14 @@ train_dataloader = dict(
                 ),
                 type='RandomResize'),
             dict(
-                cat_max_ratio=0.75, crop_size=(
+                cat_max_ratio=0.75,
+                crop_size=(
                     512,
                     512,
-                ), type='RandomCrop'),
+                ),
+                type='mmseg_resnest.RandomCrop'),
             dict(prob=0.5, type='RandomFlip'),
-            dict(type='PhotoMetricDistortion'),
+            dict(type='mmseg_resnest.PhotoMetricDistortion'),
             dict(type='PackSegInputs'),
         ],
         reduce_zero_label=True,
@@ -196,12 +198,15 @@ train_pipeline = [
             512,
         ),
         type='RandomResize'),
-    dict(cat_max_ratio=0.75, crop_size=(
-        512,
-        512,
-    ), type='RandomCrop'),
+    dict(
+        cat_max_ratio=0.75,
+        crop_size=(
+            512,
+            512,
+        ),
+        type='mmseg_resnest.RandomCrop'),
     dict(prob=0.5, type='RandomFlip'),
-    dict(type='PhotoMetricDistortion'),
+    dict(type='mmseg_resnest.PhotoMetricDistortion'),
     dict(type='PackSegInputs'),
 ]
 tta_model = dict(type='SegTTAModel')

@@ -184,7 +184,7 @@ train_dataloader = dict(
             dict(crop_size=(
                 480,
                 480,
-            ), type='RandomCrop'),
+            ), type='mmseg_resnest.RandomCrop'),
             dict(type='PackSegInputs'),
         ],
         reduce_zero_label=True,
@@ -215,7 +215,7 @@ train_pipeline = [
     dict(crop_size=(
         480,
         480,
-    ), type='RandomCrop'),
+    ), type='mmseg_resnest.RandomCrop'),
     dict(type='PackSegInputs'),
 ]
 tta_model = dict(type='SegTTAModel')

@@ -185,7 +185,7 @@ train_dataloader = dict(
             dict(crop_size=(
                 480,
                 480,
-            ), type='RandomCrop'),
+            ), type='mmseg_resnest.RandomCrop'),
             dict(type='PackSegInputs'),
         ],
         reduce_zero_label=True,
@@ -216,7 +216,7 @@ train_pipeline = [
     dict(crop_size=(
         480,
         480,
-    ), type='RandomCrop'),
+    ), type='mmseg_resnest.RandomCrop'),
     dict(type='PackSegInputs'),
 ]
 tta_model = dict(type='SegTTAModel')

@@ -178,12 +178,14 @@ train_dataloader = dict(
                 ),
                 type='RandomResize'),
             dict(
-                cat_max_ratio=0.75, crop_size=(
+                cat_max_ratio=0.75,
+                crop_size=(
                     512,
                     1024,
-                ), type='RandomCrop'),
+                ),
+                type='mmseg_resnest.RandomCrop'),
             dict(prob=0.5, type='RandomFlip'),
-            dict(type='PhotoMetricDistortion'),
+            dict(type='mmseg_resnest.PhotoMetricDistortion'),
             dict(type='PackSegInputs'),
         ],
         type='CityscapesDataset'),
@@ -204,12 +206,15 @@ train_pipeline = [
             1024,
         ),
         type='RandomResize'),
-    dict(cat_max_ratio=0.75, crop_size=(
-        512,
-        1024,
-    ), type='RandomCrop'),
+    dict(
+        cat_max_ratio=0.75,
+        crop_size=(
+            512,
+            1024,
+        ),
+        type='mmseg_resnest.RandomCrop'),
     dict(prob=0.5, type='RandomFlip'),
-    dict(type='PhotoMetricDistortion'),
+    dict(type='mmseg_resnest.PhotoMetricDistortion'),
     dict(type='PackSegInputs'),
 ]
 tta_model = dict(type='SegTTAModel')

@@ -186,7 +186,7 @@ train_dataloader = dict(
             dict(crop_size=(
                 480,
                 480,
-            ), type='RandomCrop'),
+            ), type='mmseg_resnest.RandomCrop'),
             dict(type='PackSegInputs'),
         ],
         reduce_zero_label=True,
@@ -217,7 +217,7 @@ train_pipeline = [
     dict(crop_size=(
         480,
         480,
-    ), type='RandomCrop'),
+    ), type='mmseg_resnest.RandomCrop'),
     dict(type='PackSegInputs'),
 ]
 tta_model = dict(type='SegTTAModel')

@@ -382,12 +382,14 @@ train_dataloader = dict(
                 ),
                 type='RandomResize'),
             dict(
-                cat_max_ratio=0.75, crop_size=(
+                cat_max_ratio=0.75,
+                crop_size=(
                     360,
                     480,
-                ), type='RandomCrop'),
+                ),
+                type='mmseg_resnest.RandomCrop'),
             dict(prob=0.5, type='RandomFlip'),
-            dict(type='PhotoMetricDistortion'),
+            dict(type='mmseg_resnest.PhotoMetricDistortion'),
             dict(type='PackSegInputs'),
         ],
         seg_map_suffix='.png',
@@ -409,12 +411,15 @@ train_pipeline = [
             360,
         ),
         type='RandomResize'),
-    dict(cat_max_ratio=0.75, crop_size=(
-        360,
-        480,
-    ), type='RandomCrop'),
+    dict(
+        cat_max_ratio=0.75,
+        crop_size=(
+            360,
+            480,
+        ),
+        type='mmseg_resnest.RandomCrop'),
     dict(prob=0.5, type='RandomFlip'),
-    dict(type='PhotoMetricDistortion'),
+    dict(type='mmseg_resnest.PhotoMetricDistortion'),
     dict(type='PackSegInputs'),
 ]
 tta_model = dict(type='SegTTAModel')
