@@ -1,10 +1,14 @@
 """Official data sets: from the archives that their authors publish to the layout that the configs expect.
 
-What is written appears under its own name only when it is whole, so a run that was killed is simply run again.
+What is written appears under its own name only when it is whole, so a run that was killed is simply run again. Two
+notes below the root say what is there: ``.labels_from.json`` holds the SHA-1s of the archives that the converted labels
+were made from, ``.prepared.json`` what was found when all was done.
 """
 
 import hashlib
 import json
+import os
+import shlex
 import shutil
 import tarfile
 import zipfile
@@ -15,8 +19,9 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from glob import glob
 from pathlib import Path, PureWindowsPath
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 from mmengine.config import Config
@@ -72,7 +77,7 @@ class _Member:
         """Whether the file is there, with the archive's size and CRC."""
         if not path.is_file() or path.stat().st_size != self.size:
             return False
-        return self.crc is None or self.crc == _crc(path)
+        return _crc(path.open('rb')) == (_crc(self.open()) if self.crc is None else self.crc)
 
     def unpack(self, path: Path) -> None:
         """Writes the file."""
@@ -80,9 +85,9 @@ class _Member:
             shutil.copyfileobj(source, target, 2**20)
 
 
-def _crc(path: Path) -> int:
+def _crc(file: IO[bytes]) -> int:
     crc = 0
-    with path.open('rb') as file:
+    with file:
         while chunk := file.read(2**20):
             crc = zlib.crc32(chunk, crc)
     return crc
@@ -123,8 +128,7 @@ def unpack(archive: Path, root: Path, prefix: str = '') -> None:
     """
     try:
         with _opened(archive) as members:
-            _refuse_unsafe(archive, members)
-            places = [(member, root / member.name.removeprefix(prefix)) for member in members]
+            places = [(member, root / _safe_name(archive, member, prefix)) for member in members]
             missing = [(member, path) for member, path in places if not member.is_at(path)]
             _check_room(archive, root, sum(member.size for member, _ in missing))
             for member, path in _shown(missing, f'{archive}: unpacking', len(missing)):
@@ -136,15 +140,17 @@ def unpack(archive: Path, root: Path, prefix: str = '') -> None:
         ) from error
 
 
-def _refuse_unsafe(archive: Path, members: list[_Member]) -> None:
-    for member in members:
-        path = PureWindowsPath(member.name)  # knows both kinds of slashes, and drives
-        if member.is_link or path.anchor or '..' in path.parts:
-            what = 'a link or a device' if member.is_link else 'a name that leads out of its folder'
-            raise ValueError(
-                f'{archive}: {member.name!r} is {what}, which no official archive holds; nothing was unpacked. Delete '
-                'the archive and get it from its official page'
-            )
+def _safe_name(archive: Path, member: _Member, prefix: str) -> str:
+    """Returns the member's name without the prefix; what is left has to be the name of a file below the root."""
+    name = member.name.removeprefix(prefix)
+    path = PureWindowsPath(name)  # knows both kinds of slashes, and drives
+    if member.is_link or path.anchor or '..' in path.parts or not path.parts:
+        what = 'a link or a device' if member.is_link else 'a name that leads out of its folder'
+        raise ValueError(
+            f'{archive}: {member.name!r} is {what}, which no official archive holds; nothing was unpacked. Delete '
+            'the archive and get it from its official page'
+        )
+    return name
 
 
 def _check_room(archive: Path, root: Path, needed: int) -> None:
@@ -214,9 +220,8 @@ def _convert_cityscapes(root: Path, archives: Path) -> None:
 
     suffix = '_polygons.json'
     jobs = [
-        (polygons, labels)
+        (polygons, polygons.with_name(polygons.name.removesuffix(suffix) + '_labelTrainIds.png'))
         for polygons in sorted(root.glob(f'gtFine/*/*/*{suffix}'))
-        if not (labels := polygons.with_name(polygons.name.removesuffix(suffix) + '_labelTrainIds.png')).is_file()
     ]
     _run(convert, jobs)
 
@@ -246,11 +251,7 @@ def _convert_pascal_context(root: Path, archives: Path) -> None:
             Image.fromarray(painted).save(part, 'PNG')
 
     pngs = root / 'SegmentationClassContext'
-    jobs = [
-        (image, labels)
-        for image in images['train'] + images['val']
-        if not (labels := pngs / f'{Path(image["file_name"]).stem}.png').is_file()
-    ]
+    jobs = [(image, pngs / f'{Path(image["file_name"]).stem}.png') for image in images['train'] + images['val']]
     _run(convert, jobs)
     for split, members in images.items():
         with _aside(root / 'ImageSets' / 'SegmentationContext' / f'{split}.txt') as part:
@@ -268,11 +269,22 @@ def _paint(image: dict, regions: list[dict]) -> np.ndarray:
     return labels
 
 
-def _run(convert: Callable, jobs: list[tuple]) -> None:
-    """Converts in threads: compressing a PNG, half of the work, needs no interpreter."""
+def _run(convert: Callable, jobs: list[tuple[Any, Path]]) -> None:
+    """Converts what has no whole label yet, in threads: compressing a PNG, half of the work, needs no interpreter."""
+    missing = [(source, labels) for source, labels in jobs if not _is_whole(labels)]
     with ThreadPoolExecutor() as pool:
-        for _ in _shown(pool.map(lambda job: convert(*job), jobs), 'Converting labels', len(jobs)):
+        for _ in _shown(pool.map(lambda job: convert(*job), missing), 'Converting labels', len(missing)):
             pass
+
+
+def _is_whole(png: Path) -> bool:
+    """Whether the file is there, with its last chunk and with the CRCs that are written in it."""
+    try:
+        with Image.open(png) as image:
+            image.verify()
+    except (OSError, SyntaxError, ValueError):  # what Pillow raises
+        return False
+    return png.read_bytes().endswith(b'IEND\xaeB`\x82')
 
 
 @dataclass(frozen=True)
@@ -295,9 +307,10 @@ class OfficialDataset:
         root: Where the configs expect it.
         archives: What it is published as; those that are not unpacked are read by ``convert``.
         prefix: What the names in the archives lose in front.
-        convert: Makes the labels, given the root and the archives' folder.
+        convert: Makes the labels that are not there, given the root and the archives' folder.
         config: A config that uses it; with it the files are checked.
-        counts: How many files match a pattern below the root, or how many lines a ``.txt`` has.
+        counts: How many files match a pattern below the root, or how many lines a ``.txt`` has; None: not published.
+        converted: The pattern of the labels that ``convert`` makes.
         need: Raises if what converts it is not installed.
     """
 
@@ -309,18 +322,20 @@ class OfficialDataset:
     prefix: str
     convert: Callable[[Path, Path], None]
     config: str
-    counts: dict[str, int]
+    counts: dict[str, int | None]
+    converted: str = ''
     need: Callable[[], None] = lambda: None
 
-    def count(self, root: Path) -> dict[str, int]:
-        """Counts what is there, by the patterns of ``counts``."""
-        return {pattern: _count(root, pattern) for pattern in self.counts}
+    def survey(self, root: Path) -> dict[str, list]:
+        """Returns, by the patterns of ``counts``, how many files are there and a hash of their names and sizes."""
+        return {pattern: _survey(root, pattern) for pattern in self.counts}
 
 
-def _count(root: Path, pattern: str) -> int:
-    if pattern.endswith('.txt'):
-        return len((root / pattern).read_text().split()) if (root / pattern).is_file() else 0
-    return sum(1 for _ in root.glob(pattern))
+def _survey(root: Path, pattern: str) -> list:
+    names = sorted(name for name in glob(pattern, root_dir=root) if os.path.isfile(f'{root}/{name}'))
+    sizes = [f'{name} {os.path.getsize(f"{root}/{name}")}' for name in names]
+    number = sum(len((root / name).read_text().split()) for name in names) if pattern.endswith('.txt') else len(names)
+    return [number, hashlib.sha1(os.fsencode('\n'.join(sizes))).hexdigest()]
 
 
 # The SHA-1s are those of GluonCV's scripts, which PyTorch-Encoding and others have taken over.
@@ -363,6 +378,7 @@ CITYSCAPES = OfficialDataset(
         'leftImg8bit/test/*/*_leftImg8bit.png': 1525,
         'gtFine/test/*/*_gtFine_labelTrainIds.png': 1525,
     },
+    converted='gtFine/*/*/*_gtFine_labelTrainIds.png',
     need=_need_cityscapesscripts,
 )
 PASCAL_CONTEXT = OfficialDataset(
@@ -389,7 +405,9 @@ PASCAL_CONTEXT = OfficialDataset(
         'ImageSets/SegmentationContext/train.txt': 4998,
         'ImageSets/SegmentationContext/val.txt': 5105,
         'SegmentationClassContext/*.png': 4998 + 5105,
+        'JPEGImages/*.jpg': None,  # more than are annotated
     },
+    converted='SegmentationClassContext/*.png',
 )
 OFFICIAL = dict(ade20k=ADE20K, cityscapes=CITYSCAPES, pascal_context=PASCAL_CONTEXT)
 
@@ -412,26 +430,65 @@ def prepare(dataset: OfficialDataset, root: Path, archives: Path, mirror: str = 
         ModuleNotFoundError: What converts the labels is not installed.
     """
     stamp = root / '.prepared.json'
-    counts = dataset.count(root)
-    if stamp.is_file() and json.loads(stamp.read_text()) == counts and (subset or counts == dataset.counts):
-        print(f'{root}: {dataset.title} is prepared already; {_how_to_check(dataset, root)} checks it again')
-        return
+    record = _read_note(stamp)
+    if record.get('subset') in (subset, False):  # one that was compared with what is published also serves as a subset
+        found = dataset.survey(root) | _marks(dataset, archives)
+        changed = [name for name, mark in found.items() if record['found'].get(name) != mark]
+        if not changed:
+            print(f'{root}: {dataset.title} is prepared already; {_how_to_check(dataset, root)} checks it again')
+            return
+        print(f'{root}: {", ".join(changed)} changed since it was prepared; looking at all of it')
     dataset.need()
     print(f'{dataset.title}: whoever uses it accepts the terms of {dataset.terms}', flush=True)
     paths = [_fetch(archive, dataset, archives, mirror) for archive in dataset.archives]
-    for archive, path in zip(dataset.archives, paths, strict=True):
-        if archive.sha1 and not subset:
-            _verify(path, archive.sha1)
+    marks = _marks(dataset, archives)
+    hashes = {archive.name: _sha1(archive, path, subset) for archive, path in zip(dataset.archives, paths, strict=True)}
+    stamp.unlink(missing_ok=True)
     for path in paths:
         if path.suffix in ('.zip', '.tar'):
             unpack(path, root, dataset.prefix)
+    _drop_other_labels(dataset, root, hashes)
     dataset.convert(root, archives)
-    counts = dataset.count(root)
-    _check_counts(root, counts, dataset.counts, subset)
+    found = dataset.survey(root)
+    _check_counts(root, {pattern: number for pattern, (number, _) in found.items()}, dataset.counts, subset)
     _check_files(dataset, root)
-    with _aside(stamp) as part:
-        part.write_text(json.dumps(counts, indent=1) + '\n')
+    _write_note(stamp, dict(subset=subset, found=found | marks))
     print(f'{root}: {dataset.title} is prepared; {_how_to_check(dataset, root)} shows how often each class occurs')
+
+
+def _read_note(path: Path) -> dict:
+    """Returns what ``_write_note`` wrote; nothing if it is missing or damaged."""
+    try:
+        return json.loads(path.read_bytes())
+    except (FileNotFoundError, ValueError):
+        return {}
+
+
+def _write_note(path: Path, note: dict) -> None:
+    with _aside(path) as part:
+        part.write_text(json.dumps(note, indent=1) + '\n')
+
+
+def _marks(dataset: OfficialDataset, folder: Path) -> dict[str, list[int]]:
+    """Returns the size and the time of change of the archives that are there: another file has others."""
+    marks = {}
+    for archive in dataset.archives:
+        if (path := folder / archive.name).is_file():
+            marks[archive.name] = [path.stat().st_size, path.stat().st_mtime_ns]
+    return marks
+
+
+def _drop_other_labels(dataset: OfficialDataset, root: Path, hashes: dict[str, str]) -> None:
+    """Deletes converted labels unless they were made from these archives, so that they are made anew."""
+    note = root / '.labels_from.json'
+    if not dataset.converted or _read_note(note) == hashes:
+        return
+    others = list(root.glob(dataset.converted))
+    if others:
+        print(f'{root}: {len(others):,} labels were not made from these archives; they are made anew')
+    for path in others:
+        path.unlink()
+    _write_note(note, hashes)
 
 
 def _fetch(archive: Archive, dataset: OfficialDataset, folder: Path, mirror: str) -> Path:
@@ -449,19 +506,21 @@ def _fetch(archive: Archive, dataset: OfficialDataset, folder: Path, mirror: str
         raise FileNotFoundError(f'{error}. Or {by_hand}') from error
 
 
-def _verify(path: Path, sha1: str) -> None:
-    print(f'{path}: comparing its SHA-1')
+def _sha1(archive: Archive, path: Path, subset: bool) -> str:
+    """Returns the file's SHA-1; it has to be the published one, unless it may be a subset."""
+    print(f'{path}: computing its SHA-1', flush=True)
     with path.open('rb') as file:
         found = hashlib.file_digest(file, 'sha1').hexdigest()
-    if found != sha1:
+    if archive.sha1 and found != archive.sha1 and not subset:
         raise ValueError(
-            f'{path}: its SHA-1 is {found}, that of the published file {sha1}; it is damaged or another one. Delete it '
-            'and run this again, or take it as it is with --subset'
+            f'{path}: its SHA-1 is {found}, that of the published file {archive.sha1}; it is damaged or another one. '
+            'Delete it and run this again, or take it as it is with --subset'
         )
+    return found
 
 
-def _check_counts(root: Path, found: dict[str, int], expected: dict[str, int], subset: bool) -> None:
-    wrong = {pattern for pattern in expected if found[pattern] != expected[pattern]}
+def _check_counts(root: Path, found: dict[str, int], expected: dict[str, int | None], subset: bool) -> None:
+    wrong = {pattern for pattern in expected if expected[pattern] not in (None, found[pattern])}
     for pattern in expected:
         print(f'{found[pattern]:6d} {pattern}' + (f' (published: {expected[pattern]})' if pattern in wrong else ''))
     if wrong and not subset:
@@ -487,5 +546,5 @@ def _check_files(dataset: OfficialDataset, root: Path) -> None:
 
 
 def _how_to_check(dataset: OfficialDataset, root: Path) -> str:
-    place = '' if root == dataset.root else f' --data-root {root}'
-    return f'tools/check_dataset.py configs/{dataset.config}{place}'
+    place = [] if root == dataset.root else ['--data-root', str(root)]
+    return shlex.join(['python', 'tools/check_dataset.py', f'configs/{dataset.config}', *place])

@@ -2,10 +2,13 @@
 
 import io
 import json
+import os
+import shlex
 import shutil
 import sys
 import tarfile
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -94,26 +97,26 @@ STREET_LABELS[6:, 12:] = 18
 STREET_LABELS[7] = 255
 
 
-def write_cityscapes(folder, training=2):
+def write_cityscapes(folder, training=2, street=STREET):
     folder.mkdir()
     photos, labels = {'README': b'x', 'license.txt': b'x'}, {'README': b'x', 'license.txt': b'x'}
     empty = dict(STREET, objects=[rectangle('out of roi', 0, 0, 15, 7)])
-    for split, city, street, count in (
-        ('train', 'aachen', STREET, training),
-        ('val', 'munster', STREET, 1),
+    for split, city, polygons, count in (
+        ('train', 'aachen', street, training),
+        ('val', 'munster', street, 1),
         ('test', 'bonn', empty, 1),
     ):
         for i in range(count):
             name = f'{split}/{city}/{city}_{i:06d}_000019'
             photos[f'leftImg8bit/{name}_leftImg8bit.png'] = encoded('.png', noise(8, 16, 3))
-            labels[f'gtFine/{name}_gtFine_polygons.json'] = json.dumps(street)
+            labels[f'gtFine/{name}_gtFine_polygons.json'] = json.dumps(polygons)
             labels[f'gtFine/{name}_gtFine_labelIds.png'] = encoded('.png', noise(8, 16))
     write_zip(folder / 'leftImg8bit_trainvaltest.zip', photos)
     write_zip(folder / 'gtFine_trainvaltest.zip', labels)
     return folder
 
 
-def write_pascal_context(folder):
+def write_pascal_context(folder, category=2):
     folder.mkdir()
     names = {'2008_000002': 'train', '2008_000003': 'val', '2010_006086': 'train'}
     photos = {f'JPEGImages/{name}.jpg': encoded('.jpg', noise(6, 8, 3)) for name in (*names, '2009_000001')}
@@ -130,7 +133,7 @@ def write_pascal_context(folder):
         dict(image_id=image, category_id=category, segmentation=dict(size=[6, 8], counts=counts))
         for image, category, counts in (
             (2008000002, 360, ALL),
-            (2010006086, 2, ALL),  # another image's in between
+            (2010006086, category, ALL),  # another image's in between
             (2008000002, 284, BLOCK),
             (2008000002, 458, ROW),
             (2008000003, 72, BLOCK),
@@ -153,9 +156,9 @@ def test_ade20k_is_unpacked_as_it_is(tmp_path):
     prepare(ADE20K, root, write_ade20k(tmp_path / 'archives'), subset=True)
     expected = {name.removeprefix('ADEChallengeData2016/'): content for name, content in ade20k_files().items()}
     found = tree(root)
-    counts = json.loads(found.pop('.prepared.json'))
+    record = json.loads(found.pop('.prepared.json'))
     assert found == {name: content for name, content in expected.items() if not name.endswith('/')}
-    assert counts == {
+    assert {name: number for name, (number, _) in record['found'].items() if '*' in name} == {
         'images/training/*.jpg': 2,
         'annotations/training/*.png': 2,
         'images/validation/*.jpg': 1,
@@ -233,10 +236,13 @@ def test_a_second_call_does_nothing_even_without_the_archives(name, tmp_path, ca
     archives = globals()[f'write_{name}'](tmp_path / 'archives')
     prepare(OFFICIAL[name], tmp_path / 'data', archives, subset=True)
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / 'data').rglob('*')}
-    shutil.rmtree(archives)
     capsys.readouterr()
     prepare(OFFICIAL[name], tmp_path / 'data', archives, subset=True)
-    assert f'{tmp_path / "data"}: {OFFICIAL[name].title} is prepared already; tools/check_' in capsys.readouterr().out
+    shutil.rmtree(archives)
+    prepare(OFFICIAL[name], tmp_path / 'data', archives, subset=True)
+    said = capsys.readouterr().out
+    assert said.count('\n') == 2
+    assert f'{tmp_path / "data"}: {OFFICIAL[name].title} is prepared already; python tools/' in said
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / 'data').rglob('*')} == before
 
 
@@ -249,7 +255,13 @@ def test_a_second_call_does_nothing_even_without_the_archives(name, tmp_path, ca
             'gtFine/val/munster/munster_000000_000019_gtFine_labelTrainIds.png',
             'leftImg8bit/train/aachen/aachen_000000_000019_leftImg8bit.png',
         ),
+        (
+            'cityscapes',
+            'leftImg8bit/val/munster/munster_000000_000019_leftImg8bit.png',
+            'gtFine/train/aachen/aachen_000001_000019_gtFine_labelTrainIds.png',
+        ),
         ('pascal_context', 'SegmentationClassContext/2008_000002.png', 'JPEGImages/2010_006086.jpg'),
+        ('pascal_context', 'JPEGImages/2009_000001.jpg', 'SegmentationClassContext/2010_006086.png'),
     ],
 )
 def test_what_is_lost_or_cut_off_is_restored_and_the_rest_stays(name, lost, cut, tmp_path):
@@ -260,27 +272,131 @@ def test_what_is_lost_or_cut_off_is_restored_and_the_rest_stays(name, lost, cut,
     times = {path: path.stat().st_mtime_ns for path in root.rglob('*') if path.suffix in ('.jpg', '.png')}
     (root / lost).unlink()
     (root / cut).write_bytes(expected[cut][:-1])
+    for archive in archives.iterdir():
+        os.utime(archive)  # downloaded again
     prepare(OFFICIAL[name], root, archives, subset=True)
-    assert tree(root) == expected
+    found = tree(root)
+    assert found.pop('.prepared.json') != expected.pop('.prepared.json')
+    assert found == expected
     assert {path for path, time in times.items() if path.stat().st_mtime_ns != time} == {root / lost, root / cut}
 
 
-def test_a_zips_file_of_the_right_size_with_other_bytes_is_restored(tmp_path):
-    write_zip(tmp_path / 'a.zip', {'top/a.txt': b'right', 'top/b.txt': b'b'})
-    unpack(tmp_path / 'a.zip', tmp_path / 'out', 'top/')
-    (tmp_path / 'out' / 'a.txt').write_bytes(b'wrong')
-    unpack(tmp_path / 'a.zip', tmp_path / 'out', 'top/')
-    assert tree(tmp_path / 'out') == {'a.txt': b'right', 'b.txt': b'b'}
+@pytest.mark.parametrize('size', [0, -1])
+@pytest.mark.parametrize(
+    'name, cut',
+    [
+        ('ade20k', 'annotations/training/ADE_train_00000001.png'),
+        ('cityscapes', 'gtFine/train/aachen/aachen_000001_000019_gtFine_labelTrainIds.png'),
+        ('pascal_context', 'SegmentationClassContext/2010_006086.png'),
+        ('pascal_context', 'ImageSets/SegmentationContext/val.txt'),
+    ],
+)
+def test_a_file_cut_off_after_success_is_noticed_and_restored(name, cut, size, tmp_path, capsys):
+    archives = globals()[f'write_{name}'](tmp_path / 'archives')
+    root = tmp_path / 'data'
+    prepare(OFFICIAL[name], root, archives, subset=True)
+    expected = tree(root)
+    (root / cut).write_bytes(expected[cut][:size])
+    capsys.readouterr()
+    prepare(OFFICIAL[name], root, archives, subset=True)
+    said = capsys.readouterr().out.splitlines()[0]
+    assert said.startswith(f'{root}: {Path(cut).parts[0]}/') and said.endswith(
+        ' changed since it was prepared; looking at all of it'
+    )
+    assert tree(root) == expected
 
 
-@pytest.mark.parametrize('name', ['../out.txt', '/tmp/out.txt', 'a/../../out.txt', '..\\out.txt', 'C:\\out.txt'])
+@pytest.mark.parametrize('change', [b'', b'{"images/training/*.jpg": 2}', b'{"subset": tr'])
+def test_without_a_whole_note_everything_is_looked_at(change, tmp_path):
+    archives = write_ade20k(tmp_path / 'archives')
+    prepare(ADE20K, tmp_path / 'ade', archives, subset=True)
+    expected = tree(tmp_path / 'ade')
+    (tmp_path / 'ade' / '.prepared.json').write_bytes(change)
+    prepare(ADE20K, tmp_path / 'ade', archives, subset=True)
+    assert tree(tmp_path / 'ade') == expected
+
+
+@pytest.mark.parametrize('lost', [(), ('.prepared.json', '.labels_from.json')])
+@pytest.mark.parametrize(
+    'name, other',
+    [
+        ('cityscapes', dict(street=dict(STREET, objects=STREET['objects'][1:]))),
+        ('pascal_context', dict(category=9)),
+    ],
+)
+def test_labels_made_from_other_archives_are_made_anew(name, other, lost, tmp_path, capsys):
+    write, root = globals()[f'write_{name}'], tmp_path / 'data'
+    old, new = write(tmp_path / 'old'), write(tmp_path / 'new', **other)
+    prepare(OFFICIAL[name], tmp_path / 'expected', new, subset=True)
+    prepare(OFFICIAL[name], root, old, subset=True)
+    assert tree(root) != tree(tmp_path / 'expected')
+    for note in lost:
+        (root / note).unlink()
+    capsys.readouterr()
+    prepare(OFFICIAL[name], root, new, subset=True)
+    assert tree(root) == tree(tmp_path / 'expected')
+    labels = 4 if name == 'cityscapes' else 3
+    assert f'{labels} labels were not made from these archives; they are made anew\n' in capsys.readouterr().out
+
+
+def test_a_label_that_the_new_archives_do_not_have_goes(tmp_path):
+    archives = write_pascal_context(tmp_path / 'archives')
+    foreign = tmp_path / 'VOC2010' / 'SegmentationClassContext' / '2009_000001.png'
+    foreign.parent.mkdir(parents=True)
+    foreign.write_bytes(encoded('.png', noise(6, 8)))
+    prepare(PASCAL_CONTEXT, tmp_path / 'VOC2010', archives, subset=True)
+    assert not foreign.exists()
+
+
+def test_a_conversion_that_stopped_keeps_what_it_made_and_not_what_was_there_before(tmp_path):
+    old, new = write_pascal_context(tmp_path / 'old'), write_pascal_context(tmp_path / 'new', category=9)
+    root = tmp_path / 'VOC2010'
+    prepare(PASCAL_CONTEXT, root, old, subset=True)
+    obstacle = root / 'SegmentationClassContext' / '2008_000003.png.part'
+    obstacle.mkdir()
+    with pytest.raises(OSError, match='2008_000003'):
+        prepare(PASCAL_CONTEXT, root, new, subset=True)
+    obstacle.rmdir()
+    made = root / 'SegmentationClassContext' / '2010_006086.png'
+    time = made.stat().st_mtime_ns
+    prepare(PASCAL_CONTEXT, root, new, subset=True)
+    assert made.stat().st_mtime_ns == time
+    prepare(PASCAL_CONTEXT, tmp_path / 'expected', new, subset=True)
+    assert tree(root) == tree(tmp_path / 'expected')
+
+
 @pytest.mark.parametrize('write', [write_zip, write_tar])
-def test_names_that_lead_elsewhere_are_refused_before_anything_is_written(name, write, tmp_path):
+def test_a_file_of_the_right_size_with_other_bytes_is_restored(write, tmp_path):
     archive = tmp_path / f'a.{write.__name__[-3:]}'
-    write(archive, {'fine.txt': b'x', name: b'x'})
-    with pytest.raises(ValueError, match=r'a\.(zip|tar): .*out\.txt\' is a name that leads out of its folder'):
-        unpack(archive, tmp_path / 'deep' / 'root')
+    write(archive, {'top/a.txt': b'right', 'top/b.txt': b'b'})
+    unpack(archive, tmp_path / 'out', 'top/')
+    (tmp_path / 'out' / 'a.txt').write_bytes(b'wrong')
+    before = (tmp_path / 'out' / 'b.txt').stat().st_mtime_ns
+    unpack(archive, tmp_path / 'out', 'top/')
+    assert tree(tmp_path / 'out') == {'a.txt': b'right', 'b.txt': b'b'}
+    assert (tmp_path / 'out' / 'b.txt').stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize('prefix', ['', 'top/', 'top/sub/'])
+@pytest.mark.parametrize(
+    'name', ['../out.txt', '{}/out.txt', 'a/../../out.txt', '..\\out.txt', 'C:\\out.txt', '\\out.txt', '.']
+)
+@pytest.mark.parametrize('write', [write_zip, write_tar])
+def test_names_that_lead_elsewhere_are_refused_before_anything_is_written(name, prefix, write, tmp_path):
+    archive = tmp_path / f'a.{write.__name__[-3:]}'
+    write(archive, {'fine.txt': b'x', 'top/sub/fine.txt': b'x', prefix + name.format(tmp_path): b'x'})
+    with pytest.raises(ValueError, match=r"a\.(zip|tar): '.*' is a name that leads out of its folder"):
+        unpack(archive, tmp_path / 'deep' / 'root', prefix)
     assert list(tmp_path.rglob('*')) == [archive]
+
+
+def test_a_name_that_is_absolute_once_the_prefix_is_gone_is_refused(tmp_path):
+    (tmp_path / 'archives').mkdir()
+    absolute = f'ADEChallengeData2016/{tmp_path}/out.txt'
+    write_zip(tmp_path / 'archives' / 'ADEChallengeData2016.zip', {**ade20k_files(), absolute: b'x'})
+    with pytest.raises(ValueError, match=r"out\.txt' is a name that leads out of its folder"):
+        prepare(ADE20K, tmp_path / 'ade', tmp_path / 'archives', subset=True)
+    assert not (tmp_path / 'out.txt').exists()
 
 
 def test_links_are_refused(tmp_path):
@@ -384,6 +500,24 @@ def test_it_ends_with_the_check_of_every_file(tmp_path):
             ValueError, match=r'1 errors in its files:\n(.*\n)*.*ADE_train_00000001\.png: value 151 in 100'
         ):
             prepare(ADE20K, tmp_path / 'ade', tmp_path / 'archives', subset=True)
+
+
+def test_what_was_taken_as_it_is_is_not_what_was_published(tmp_path, capsys):
+    archives = write_cityscapes(tmp_path / 'archives')
+    counts = {pattern: 2 if '/train/' in pattern else 1 for pattern in CITYSCAPES.counts}
+    dataset = replace(CITYSCAPES, counts=counts)
+    said = []
+    for subset in (True, False, True, False):
+        prepare(dataset, tmp_path / 'city', archives, subset=subset)
+        said.append('is prepared already' in capsys.readouterr().out)
+    assert said == [False, False, True, True]
+
+
+def test_the_command_it_names_can_be_copied(tmp_path, capsys):
+    prepare(ADE20K, tmp_path / 'my data', write_ade20k(tmp_path / 'archives'), subset=True)
+    command = capsys.readouterr().out.split('is prepared; ')[1].split(' shows how often')[0]
+    config = 'configs/deeplabv3_resnest50_ade20k.py'
+    assert shlex.split(command) == ['python', 'tools/check_dataset.py', config, '--data-root', f'{tmp_path}/my data']
 
 
 @pytest.mark.parametrize('name', OFFICIAL)

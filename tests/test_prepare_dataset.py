@@ -10,6 +10,7 @@ import cv2
 import numpy as np
 import pytest
 from test_prepare import (
+    STREET,
     STREET_LABELS,
     ade20k_files,
     noise,
@@ -43,7 +44,7 @@ def test_ade20k_is_downloaded_unpacked_and_checked(tmp_path, mirror):
     np.testing.assert_array_equal(label, np.arange(48).reshape(6, 8))
     assert '     2 images/training/*.jpg (published: 20210)\n' in done.stdout
     assert 'ChallengeData2016: decoding every file\n' in done.stdout
-    assert 'is prepared; tools/check_dataset.py configs/deeplabv3_resnest50_ade20k.py shows' in done.stdout
+    assert 'is prepared; python tools/check_dataset.py configs/deeplabv3_resnest50_ade20k.py shows' in done.stdout
 
 
 def test_pascal_context_goes_where_it_is_told(tmp_path, mirror):
@@ -114,6 +115,8 @@ def test_a_conversion_that_was_killed_goes_on(tmp_path):
     archives = write_cityscapes(tmp_path / 'archives', training=1000)
     prepare(CITYSCAPES, tmp_path / 'expected', archives, subset=True)
     root = tmp_path / CITYSCAPES.root
+    before = write_cityscapes(tmp_path / 'before', street=dict(STREET, objects=STREET['objects'][:1]))
+    prepare(CITYSCAPES, root, before, subset=True)  # a try with other archives
     made = 'gtFine/train/aachen/*_labelTrainIds.png'
     assert killed(tmp_path, f'{CITYSCAPES.root}/{made}', 'cityscapes', '--archives', archives) < 1000
     first, *_ = sorted(root.glob(made))
@@ -123,4 +126,5 @@ def test_a_conversion_that_was_killed_goes_on(tmp_path):
     assert done.returncode == 0, done.stderr
     assert tree(root) == tree(tmp_path / 'expected')
     assert first.stat().st_mtime_ns == time_before
-    assert json.loads((root / '.prepared.json').read_text())[made.replace('aachen/*_label', '*/*_gtFine_label')] == 1000
+    record = json.loads((root / '.prepared.json').read_text())
+    assert record['found'][made.replace('aachen/*_label', '*/*_gtFine_label')][0] == 1000
