@@ -16,6 +16,7 @@ import itertools
 import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -34,8 +35,10 @@ from mmseg_resnest.picture_files import (
     recall,
     remember,
 )
+from mmseg_resnest.transforms import CheckedCompose
 
 SAMPLE = 200
+PICTURES = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp')
 SHOWN = 8  # findings of a kind, in a message
 
 Pictures = Mapping[str, Picture | None]
@@ -68,7 +71,7 @@ class Histogram:
         out_of_range: Pixels whose label is neither a class nor ignored.
         label_maps: How many were decoded.
         of: How many there are.
-        values: All that occur in the files, before ``reduce_zero_label`` and the label map.
+        values: Each that occurs in the files, before ``reduce_zero_label`` and the label map -> its pixels.
     """
 
     classes: tuple[str, ...]
@@ -78,7 +81,7 @@ class Histogram:
     ignored: int = 0
     out_of_range: int = 0
     label_maps: int = 0
-    values: set[int] = field(default_factory=set)
+    values: Counter[int] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
         self.pixels = np.zeros(len(self.classes), np.int64)
@@ -89,7 +92,7 @@ class Histogram:
         self.label_maps += 1
         present = set()
         for value, pixels in values:
-            self.values.add(value)
+            self.values[value] += pixels
             label = _label(split, value)
             if label == split.ignored:
                 self.ignored += pixels
@@ -135,16 +138,17 @@ def listing(findings: Iterable[Finding], shown: int = SHOWN) -> str:
 
 
 def pair_findings(
-    split: Split, image_path: str, label_path: str | None, pictures: Pictures, seen: set[int]
+    split: Split, image_path: str, label_path: str | None, pictures: Pictures, seen: Iterable[int]
 ) -> list[Finding]:
     """Returns what is wrong with an image and its label map; where one cannot be read, only that."""
     paths = [path for path in (image_path, label_path) if path]
     missing = [_missing(split, path, image_path) for path in paths if pictures[path] is None]
     if missing:
-        return missing
+        return missing[:1]  # a name that is wrong in the list names neither file
+    unreadable = [_unreadable(path, pictures[path]) for path in paths if pictures[path].unreadable]
     damaged = [_damaged(path, pictures[path]) for path in paths if pictures[path].defect]
-    if damaged:
-        return damaged
+    if unreadable or damaged:
+        return unreadable + damaged
     found = []
     for check in IMAGE_CHECKS:
         found += check(split, image_path, pictures[image_path])
@@ -159,6 +163,8 @@ def pair_findings(
 def _missing(split: Split, path: str, image_path: str) -> Finding:
     is_image = path == image_path
     name = os.path.basename(path).removesuffix(split.suffixes[0 if is_image else 1])
+    if is_image and not name:
+        return Finding('missing image', path, 'a blank line', 'a name in each line of ann_file', 'Remove the line')
     found = f'no such file{_besides(path, name)}'
     if is_image:
         fix = 'Put it there, or take its name from ann_file, which has names without suffix'
@@ -188,6 +194,11 @@ def _damaged(path: str, picture: Picture) -> Finding:
     return Finding('damaged file', path, picture.defect, 'a picture that decodes whole', fix)
 
 
+def _unreadable(path: str, picture: Picture) -> Finding:
+    fix = 'Give yourself the right to read it, or look at its disk'
+    return Finding('unreadable file', path, picture.unreadable, 'a file that can be read', fix)
+
+
 def _type(split: Split, path: str, picture: Picture) -> Iterator[Finding]:
     suffix, name = Path(path).suffix.lower(), 'JPEG' if picture.format in JPEG else picture.format
     named = {'.jpg': 'JPEG', '.jpeg': 'JPEG', '.png': 'PNG'}.get(suffix, name)
@@ -197,15 +208,25 @@ def _type(split: Split, path: str, picture: Picture) -> Iterator[Finding]:
 
 
 def _image_depth(split: Split, path: str, picture: Picture) -> Iterator[Finding]:
-    if picture.mode[:1] in ('I', 'F'):
+    if picture.mode[:1] in ('I', 'F') or ';16' in picture.mode:
         fix = 'The loader keeps the upper 8 bits; scale the values yourself if they do not use all 16'
         yield Finding('bit depth of images', path, f'Pillow mode {picture.mode}', '8 bits', fix, 'warning')
+
+
+def _remark(split: Split, path: str, picture: Picture) -> Iterator[Finding]:
+    if picture.remark:
+        found = f'the decoder says {picture.remark!r}, which changes no pixel, and might have said more after it'
+        fix = 'Look at the picture, and write it anew (jpegtran -copy all) where it is as it should be'
+        yield Finding('odd file', path, found, 'no remark', fix, 'warning')
 
 
 def _channels(split: Split, path: str, label: Picture) -> Iterator[Finding]:
     if label.channels > 1:
         fix = "Write one channel: each pixel's class by number, not by colour (docs/custom_dataset.md)"
-        yield Finding('channels of label maps', path, f'{label.channels} channels ({label.mode})', 'one channel', fix)
+        found = (
+            f'{label.channels} channels ({label.mode}{f", read by {split.label_backend}" * (label.mode in ("P", "1"))})'
+        )
+        yield Finding('channels of label maps', path, found, 'one channel', fix)
 
 
 def _lossy(split: Split, path: str, label: Picture) -> Iterator[Finding]:
@@ -214,30 +235,27 @@ def _lossy(split: Split, path: str, label: Picture) -> Iterator[Finding]:
         yield Finding('lossy label map', path, 'a JPEG file', 'PNG', fix)
 
 
-IMAGE_CHECKS: tuple[Callable[[Split, str, Picture], Iterator[Finding]], ...] = (_type, _image_depth)
+IMAGE_CHECKS: tuple[Callable[[Split, str, Picture], Iterator[Finding]], ...] = (_type, _image_depth, _remark)
 LABEL_CHECKS: tuple[Callable[[Split, str, Picture], Iterator[Finding]], ...] = (_type, _channels, _lossy)
 
 
 def _sizes(split: Split, image_path: str, label_path: str, pictures: Pictures) -> Iterator[Finding]:
-    """Compares the image as it is loaded with its label map, which is never turned."""
+    """Compares the image as it is loaded with its label map, which is not turned unless it is a TIFF file."""
     image, label = pictures[image_path], pictures[label_path]
     if not image.width or not label.width:
         return
-    stored, wanted = (image.width, image.height), (label.width, label.height)
-    orientation = image.orientation if split.turned else 1
-    loaded = stored[::-1] if orientation >= 5 else stored
-    if orientation != 1 and stored == wanted:
-        is_proven = loaded != wanted
+    loaded, wanted = (image.width, image.height), (label.width, label.height)
+    if image.orientation != label.orientation and _stored(image) == _stored(label):
         found = (
-            f'EXIF orientation {orientation}, by which it is turned when loaded, and its label map {label_path} is not'
+            f'EXIF orientation {image.orientation}, by which it is turned when loaded, and its label map {label_path}'
         )
-        found += '' if is_proven else ', unless it was drawn that way: the sizes do not tell'
+        found += ' is not' if label.orientation == 1 else f' by {label.orientation}'
+        found += '' if loaded != wanted else ', whichever way it was drawn: the sizes do not tell'
         fix = (
             'Where the label was drawn on the image as stored, remove the tag (exiftool -Orientation= FILE); where on '
             'the image as it is shown, turn the pixels (mogrify -auto-orient FILE)'
         )
-        severity = 'error' if is_proven else 'warning'
-        yield Finding('EXIF orientation', image_path, found, 'orientation 1', fix, severity)
+        yield Finding('EXIF orientation', image_path, found, 'orientation 1', fix)
     elif loaded != wanted:
         sizes = [f'{width}x{height}' for width, height in (loaded, wanted)]
         found = f'{sizes[0]}, its label map {label_path} {sizes[1]} (width x height)'
@@ -245,7 +263,11 @@ def _sizes(split: Split, image_path: str, label_path: str, pictures: Pictures) -
         yield Finding('sizes', image_path, found, 'the same size', fix)
 
 
-def _values(split: Split, path: str, label: Picture, seen: set[int]) -> Iterator[Finding]:
+def _stored(picture: Picture) -> tuple[int, int]:
+    return (picture.height, picture.width) if picture.orientation >= 5 else (picture.width, picture.height)
+
+
+def _values(split: Split, path: str, label: Picture, seen: Iterable[int]) -> Iterator[Finding]:
     """Compares a decoded label map's values with the classes."""
     pixels = dict(label.values or ())
     wide = [value for value in pixels if not 0 <= value < 256]
@@ -289,7 +311,7 @@ def _ranges(values: Iterable[int]) -> str:
     return ', '.join(text[:8]) + (', ...' if len(text) > 8 else '')
 
 
-def _values_fix(split: Split, seen: set[int]) -> str:
+def _values_fix(split: Split, seen: Iterable[int]) -> str:
     """Says what the values that a split holds look like."""
     classes, largest = len(split.classes), max((value for value in seen if value != 255), default=0)
     if not split.reduce_zero_label and largest == classes and 0 not in seen:
@@ -305,36 +327,71 @@ def _values_fix(split: Split, seen: set[int]) -> str:
 # ----------------------------------------------------------------------------------------- what is wrong with a split
 
 
-def split_findings(split: Split, histogram: Histogram) -> Iterator[Finding]:
-    """Yields what the values of all decoded label maps say together."""
+def split_findings(split: Split, histogram: Histogram, alike: Sequence[Histogram]) -> Iterator[Finding]:
+    """Yields what the values of all decoded label maps say together; ``alike`` are those of splits that count alike."""
     classes, values = len(split.classes), histogram.values
     where = split.folders[1] if split.folders else split.name
-    all_decoded = histogram.label_maps == histogram.of
     if not histogram.label_maps or histogram.out_of_range:
         return
-    if values == {0, 255} and classes > 1 and not split.reduce_zero_label:
-        found, expected = 'values 0 and 255 only: all that is not class 0 is ignored', f'0-{classes - 1}'
-        fix = 'Write 0 and 1, as by cv2.imwrite(path, (label > 0).astype("uint8")): 255 means "not labelled"'
-        yield Finding('masks of 0 and 255', where, found, expected, fix)
-    elif not histogram.pixels.any():
+    counting = [*_masks(split, values), *_counting(split, values, alike)]
+    if not histogram.pixels.any() and not counting:
         found = f'values {_ranges(values)} only: every pixel of {histogram.label_maps:,} label maps is ignored'
         fix = 'Correct the label maps, reduce_zero_label or metainfo.classes'
         yield Finding('nothing labelled in a split', where, found, 'pixels of some class', fix)
-    elif split.reduce_zero_label and classes > 1 and values - {255} == set(range(classes)):
-        found = f'values 0-{classes - 1} and never {classes}, with reduce_zero_label=True: class 0 would be ignored'
-        fix = f'Set reduce_zero_label=False, unless 0 means "nothing" and {split.classes[-1]} occurs nowhere'
-        severity = 'error' if all_decoded else 'warning'
-        yield Finding('reduce_zero_label', where, found, f'values 1-{classes}', fix, severity)
-    elif all_decoded and not histogram.pixels.all():
+    elif histogram.label_maps == histogram.of and not histogram.pixels.all() and not counting:
         never = [name for name, pixels in zip(split.classes, histogram.pixels, strict=True) if not pixels]
         found = f'{len(never)} of {classes} classes never occur ({", ".join(never[:4])}{", ..." * (len(never) > 4)})'
         fix = 'Nothing is wrong if that is known: they cannot be learned, or count in no mIoU, there'
         yield Finding('classes that never occur', where, found, 'pixels of each class', fix, 'warning')
+    yield from (replace(finding, file=where) for finding in counting)
+
+
+def _masks(split: Split, values: Counter[int]) -> Iterator[Finding]:
+    """Yields that label maps hold 0 and 255; a warning where others have less than a thousandth of their pixels."""
+    others = values.total() - values[0] - values[255]
+    if (
+        split.reduce_zero_label
+        or len(split.classes) < 2
+        or not values[255]
+        or 1000 * others >= min(values[0], values[255])
+    ):
+        return
+    only = 'only' if not others else f'but for {others:,} pixels'
+    found, expected = f'values 0 and 255 {only}: all that is not class 0 is ignored', f'0-{len(split.classes) - 1}'
+    fix = 'Write 0 and 1, as by cv2.imwrite(path, (label > 0).astype("uint8")): 255 means "not labelled"'
+    yield Finding('masks of 0 and 255', '', found, expected, fix, 'warning' if others else 'error')
+
+
+def _counting(split: Split, values: Counter[int], alike: Sequence[Histogram]) -> Iterator[Finding]:
+    """Yields that label maps seem to count from 0 where ``reduce_zero_label`` has them count from 1, or the reverse.
+
+    The sign is that most values of the other way of counting occur, and the one that it lacks occurs in no split. Where
+    labels seem to count from 0, 0 must have half an even share of the pixels too, and it is an error where nearly all
+    values occur and every label map was decoded.
+    """
+    classes = len(split.classes)
+    seen = set().union(*(histogram.values for histogram in alike))
+    share = len(set(range(classes)) & values.keys()) / classes
+    lacks_0, lacks_last, labelled = 0 not in seen, classes not in seen, values.total() - values[255]
+    if classes < 2 or not values or split.label_map:
+        return
+    if split.reduce_zero_label and lacks_last and share >= 0.75 and 2 * classes * values[0] >= labelled:
+        found = (
+            f'values {_ranges(values.keys() - {255})} and never {classes}, with reduce_zero_label=True: class 0 would'
+        )
+        fix = f'Set reduce_zero_label=False, unless 0 means "nothing" and {split.classes[-1]} occurs nowhere'
+        proven = share >= 0.9 and all(histogram.label_maps == histogram.of for histogram in alike)
+        severity = 'error' if proven else 'warning'
+        yield Finding('reduce_zero_label', '', f'{found} be ignored', f'values 1-{classes}', fix, severity)
+    elif not split.reduce_zero_label and lacks_0 and share >= 0.75 * (classes - 1) / classes:
+        found = f'values {_ranges(values.keys() - {255})} and never 0, with reduce_zero_label=False'
+        fix = f'Set reduce_zero_label=True if the labels count from 1, unless {split.classes[0]} occurs nowhere'
+        yield Finding('reduce_zero_label', '', found, f'values 0-{classes - 1}', fix, 'warning')
 
 
 def layout_findings(splits: Sequence[Split]) -> Iterator[Finding]:
-    """Yields splits that are empty or cannot be judged, and label maps without an image."""
-    paired = {os.path.normpath(label) for split in splits for _, label in split.pairs if label}
+    """Yields splits that are empty or cannot be judged, label maps without an image, and images in no pair."""
+    paired = {os.path.normpath(path) for split in splits for pair in split.pairs for path in pair if path}
     for split in splits:
         if not split.pairs:
             fix = 'Correct its ann_file, or leave it out to take all files of the folders'
@@ -344,17 +401,30 @@ def layout_findings(splits: Sequence[Split]) -> Iterator[Finding]:
             yield Finding(
                 'unchecked', split.name, split.unread, "local files and mmsegmentation's loaders", fix, 'warning'
             )
-        for label in _label_maps(split) if not split.unread else ():
+        if split.unread or not split.folders:
+            continue
+        images, labels = split.folders
+        for label in _files(labels, split.suffixes[1]) if labels else ():
             if os.path.normpath(label) not in paired:
                 yield _without_image(split, label)
+        left_out = [path for path in _files(images) if _is_left_out(path, labels, paired)]
+        if left_out:
+            found = f'{count(left_out, "picture")} of the folder in no pair, this one among them'
+            fix = 'Rename them, or add a data set with their img_suffix; or they are left out'
+            yield Finding('images left out', left_out[0], found, f'*{split.suffixes[0]}', fix, 'warning')
 
 
-def _label_maps(split: Split) -> Iterator[str]:
-    """Yields the label maps in a split's folder, as MMEngine would list them."""
-    for folder, _, files in os.walk(split.folders[1], followlinks=True) if split.folders else ():
-        yield from sorted(
-            os.path.join(folder, file) for file in files if file.endswith(split.suffixes[1]) and file[0] != '.'
-        )
+def _files(folder: str, suffix: str = '') -> Iterator[str]:
+    """Yields the files in a folder and below, as MMEngine would list them."""
+    for path, _, files in os.walk(folder, followlinks=True):
+        yield from sorted(os.path.join(path, file) for file in files if file.endswith(suffix) and file[0] != '.')
+
+
+def _is_left_out(path: str, labels: str, paired: set[str]) -> bool:
+    """Whether a picture beside images is in no pair, and no label map."""
+    path = os.path.normpath(path)
+    is_label = bool(labels) and path.startswith(os.path.join(os.path.normpath(labels), ''))
+    return path not in paired and Path(path).suffix.lower() in PICTURES and not is_label
 
 
 def _without_image(split: Split, label: str) -> Finding:
@@ -362,7 +432,7 @@ def _without_image(split: Split, label: str) -> Finding:
     image = os.path.join(split.folders[0], name)
     found = f'no such file{_besides(image, os.path.basename(name))}'
     fix = 'Put the image there, rename what was found, or set img_suffix; without it the pair is silently left out'
-    return Finding('missing image', f'{image}{split.suffixes[0]}', found, f'the image of {label}', fix)
+    return Finding('label map without image', f'{image}{split.suffixes[0]}', found, f'the image of {label}', fix)
 
 
 def shared_findings(splits: Sequence[Split], pictures: Pictures) -> Iterator[Finding]:
@@ -397,14 +467,12 @@ def check(cfg: Config, loaders: Sequence[str], whole: bool, may_skip: bool = Fal
         loaders: Its keys, as ``'train_dataloader'``.
         whole: Decode every file. Otherwise: read all headers and ``SAMPLE`` label maps a split, evenly spaced, and
             remember what they say until the files change.
-        may_skip: Training skips bad samples, so that a bad pair of the training set is no error.
+        may_skip: Training skips bad samples, so that a pair of the training set which it notices is no error.
     """
     splits = splits_of(cfg, loaders)
     report = Report(splits, {}, list(layout_findings(splits)))
     pictures: dict[str, Picture | None] = {}
-    for split in splits:
-        if split.unread:
-            continue
+    for split in (split for split in splits if not split.unread):
         found = read_split(split, whole)
         pictures |= found
         labels = [label for _, label in split.pairs if label]
@@ -412,23 +480,46 @@ def check(cfg: Config, loaders: Sequence[str], whole: bool, may_skip: bool = Fal
         for label in labels:
             if found[label] and found[label].values:
                 histogram.add(found[label].values, split)
-        bad = [f for image, label in split.pairs for f in pair_findings(split, image, label, found, histogram.values)]
-        if may_skip and split.name.startswith('train_'):
-            bad = [replace(finding, severity='warning') for finding in bad]
-        report.findings += bad
-        report.findings += split_findings(split, histogram)
+        for image, label in split.pairs:
+            bad = pair_findings(split, image, label, found, histogram.values)
+            is_error = any(finding.severity == 'error' for finding in bad)
+            if is_error and may_skip and split.name.startswith('train_') and is_noticed(split, image, label):
+                bad = [replace(finding, severity='warning') for finding in bad]
+            report.findings += bad
+    judged = {split.name: split for split in splits if split.name in report.histograms}
+    for name, split in judged.items():
+        alike = [report.histograms[other.name] for other in judged.values() if _count_alike(split, other)]
+        report.findings += split_findings(split, report.histograms[name], alike)
     report.findings += shared_findings(splits, pictures)
     return report
+
+
+def is_noticed(split: Split, image: str, label: str | None) -> bool:
+    """Whether a pair is bad to a run that looks at its samples, which loads it in the same way."""
+    sample = dict(img_path=image, seg_map_path=label, seg_fields=[], label_map=split.label_map)
+    pipeline = CheckedCompose([*split.loading], classes=len(split.classes), ignore_index=split.ignored)
+    try:
+        pipeline(sample | dict(reduce_zero_label=split.reduce_zero_label))
+    except ValueError:
+        return True
+    return False
+
+
+def _count_alike(split: Split, other: Split) -> bool:
+    return (split.classes, split.reduce_zero_label) == (other.classes, other.reduce_zero_label)
 
 
 def read_split(split: Split, whole: bool) -> Pictures:
     """Reads a split's files, or what is remembered of them."""
     sample = {int(index) for index in np.linspace(0, len(split.pairs) - 1, min(len(split.pairs), SAMPLE))}
-    tasks = [Task(image, False, whole) for image, _ in split.pairs]
-    tasks += [Task(label, True, whole or i in sample) for i, (_, label) in enumerate(split.pairs) if label]
+    images, labels = split.image_backend, split.label_backend
+    tasks = [Task(image, False, whole, images, split.may_turn) for image, _ in split.pairs]
+    tasks += [Task(label, True, whole or i in sample, labels) for i, (_, label) in enumerate(split.pairs) if label]
     if whole or len(tasks) < REMEMBERED_FROM:
         return read_pictures(tasks, title=split.name)
-    memory = memory_of(*sorted({os.path.dirname(os.path.abspath(task.path)) for task in tasks}))
+    memory = memory_of(
+        images, labels, str(split.may_turn), *sorted({os.path.dirname(os.path.abspath(task.path)) for task in tasks})
+    )
     known = recall(memory)
     pictures = read_pictures(tasks, known, split.name)
     if pictures != known:
@@ -448,7 +539,7 @@ def check_before_run(cfg: Config, loaders: Sequence[str]) -> None:
     if int(os.environ.get('RANK', os.environ.get('SLURM_PROCID', 0))) != 0:
         return
     start = time.perf_counter()
-    samples = cfg.get('default_hooks', {}).get('samples', {})  # mmseg_resnest.SampleCheckHook's options
+    samples = (cfg.get('default_hooks') or {}).get('samples') or {}  # mmseg_resnest.SampleCheckHook's options
     report = check(cfg, loaders, whole=False, may_skip=samples.get('on_bad_sample') == 'skip')
     pairs = ' + '.join(f'{len(split.pairs):,}' for split in report.splits)
     errors, warnings = report.of('error'), report.of('warning')

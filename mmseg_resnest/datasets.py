@@ -6,8 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import mmcv
 import numpy as np
-from mmcv.transforms import LoadAnnotations, LoadImageFromFile
+from mmcv.transforms import BaseTransform, LoadAnnotations, LoadImageFromFile
 from mmengine.config import Config, ConfigDict
 from mmengine.dataset import BaseDataset
 from mmseg.registry import DATASETS, TRANSFORMS
@@ -43,7 +44,8 @@ class Split:
             a number that is neither.
         ignored: The label that the loss ignores.
         reduce_zero_label: As the data set has it.
-        turned: Whether images are turned as EXIF says. Label maps never are.
+        label_map: Likewise; it is part of ``meaning``.
+        loading: The pipeline's transforms that load images and label maps; empty where its files cannot be judged.
         folders: Where images and label maps are; empty unless the pairs are all files there.
         suffixes: Of images and label maps.
         unread: Why its files cannot be judged; empty if they can.
@@ -55,10 +57,30 @@ class Split:
     meaning: np.ndarray
     ignored: int
     reduce_zero_label: bool
-    turned: bool
+    label_map: Mapping[int, int] | None
+    loading: tuple[BaseTransform, ...]
     folders: tuple[str, ...]
     suffixes: tuple[str, str]
     unread: str
+
+    @property
+    def image_backend(self) -> str:
+        """MMCV's backend that decodes images."""
+        return _backend(self.loading[0])
+
+    @property
+    def label_backend(self) -> str:
+        """MMCV's backend that decodes label maps."""
+        return _backend(self.loading[-1])
+
+    @property
+    def may_turn(self) -> bool:
+        """Whether images are turned as EXIF says; label maps are not."""
+        return self.loading[0].color_type in ('color', 'grayscale') and self.image_backend in ('cv2', 'pillow')
+
+
+def _backend(loader: BaseTransform) -> str:
+    return loader.imdecode_backend or mmcv.image.io.imread_backend
 
 
 def splits_of(cfg: Config, loaders: Sequence[str]) -> list[Split]:
@@ -84,6 +106,7 @@ def _build(name: str, part: ConfigDict, cfg: Config) -> Split:
     head = cfg.model.get('decode_head')
     head = head[-1] if isinstance(head, Sequence) else head or {}
     images, labels = _loading(part.get('pipeline', []))
+    unread = _why_unread(part)
     data_set = DATASETS.build(dict(part, pipeline=[], lazy_init=True, _scope_=cfg.get('default_scope')))
     data_set.serialize_data = False  # which fails on an empty list, and costs a garbage collection
     data_set.full_init()
@@ -99,10 +122,11 @@ def _build(name: str, part: ConfigDict, cfg: Config) -> Split:
         meaning=_meaning(reduced, getattr(data_set, 'label_map', None)),
         ignored=head.get('ignore_index', 255),
         reduce_zero_label=reduced,
-        turned=(images or {}).get('color_type', 'color') in ('color', 'grayscale'),
+        label_map=getattr(data_set, 'label_map', None),
+        loading=() if unread else tuple(TRANSFORMS.build(loader) for loader in (images, labels) if loader),
         folders=_folders(data_set) if labels is not None else (),
         suffixes=(getattr(data_set, 'img_suffix', ''), getattr(data_set, 'seg_map_suffix', '')),
-        unread=_why_unread(part),
+        unread=unread,
     )
 
 
@@ -168,7 +192,7 @@ def _why_unread(part: ConfigDict) -> str:
         known &= issubclass(kind, LoadImageFromFile | LoadAnnotations)
         if kind.__name__.startswith('Load') and not (known and transform.get('imdecode_backend') != 'tifffile'):
             return f'{kind.__name__} in its pipeline'
-    return ''
+    return '' if _loading(part.get('pipeline', []))[0] else 'no loader of images in its pipeline'
 
 
 def check_folders(loader_name: str, dataset: ConfigDict) -> None:

@@ -82,7 +82,7 @@ def test_the_whole_check_finds_every_row_of_the_table(folder):
     for line in lines.values():
         assert line.partition(': ')[0] in done.stdout  # why a file is damaged is told in other words
     assert f'\n  {lines["corrupt bytes in a JPEG"]}' in done.stdout
-    assert '16 errors, 2 warnings\n' in done.stdout
+    assert '16 errors, 3 warnings\n' in done.stdout
     content = json.loads((folder / 'deep/f.json').read_text())
     errors = [finding for finding in content['findings'] if finding['severity'] == 'error']
     assert len(errors) == len(ROWS)

@@ -3,6 +3,9 @@
 import json
 import os
 import shutil
+import struct
+import zlib
+from dataclasses import replace
 
 import cv2
 import numpy as np
@@ -17,7 +20,16 @@ from tiny import CAMVID, CLASSES, write_data_set
 from mmseg_resnest import dataset_check
 from mmseg_resnest.dataset_check import Finding, check, check_before_run, listing
 from mmseg_resnest.datasets import set_data_root, splits_of
-from mmseg_resnest.picture_files import Picture, Task, decode_strictly, memory_of, read_picture, read_pictures, recall
+from mmseg_resnest.picture_files import (
+    Picture,
+    Task,
+    decode_strictly,
+    memory_of,
+    read_picture,
+    read_pictures,
+    recall,
+    remember,
+)
 
 TRAINING = ('train_dataloader', 'val_dataloader')
 NAMES = ('sky', 'building', 'pole', 'road', 'pavement', 'tree', 'sign', 'fence', 'car', 'pedestrian', 'bicyclist')
@@ -95,15 +107,76 @@ def test_exif_that_the_sizes_do_not_tell_or_the_loader_ignores(root):
     turn(root / 'images/training/2.jpg', 3)
     cfg = config(root)
     turn(root / 'images/training/1.jpg', 0)
-    assert findings(cfg) == []
-    (finding,) = (f for f in findings(cfg, severity='warning') if f.kind == 'EXIF orientation')
-    assert finding.found.endswith('2.png is not, unless it was drawn that way: the sizes do not tell')
+    (finding,) = findings(cfg)
+    assert finding.kind == 'EXIF orientation'
+    assert finding.found.endswith('2.png is not, whichever way it was drawn: the sizes do not tell')
     turn(root / 'images/training/2.jpg', 6)
     assert [finding.kind for finding in findings(cfg)] == ['EXIF orientation']
-    cfg.train_dataloader.dataset.pipeline[0].color_type = 'color_ignore_orientation'
-    assert {finding.kind for finding in check(cfg, ['train_dataloader'], False).findings} == {
-        'classes that never occur'
-    }
+    loader = cfg.train_dataloader.dataset.pipeline[0]
+    for option in (dict(color_type='color_ignore_orientation'), dict(imdecode_backend='turbojpeg')):
+        cfg.train_dataloader.dataset.pipeline[0] = dict(loader, **option)
+        assert {finding.kind for finding in check(cfg, ['train_dataloader'], False).findings} == {
+            'classes that never occur'
+        }
+
+
+def with_late_exif(image, orientation):
+    """Makes a PNG file whose EXIF data stand behind its pixels, as the format allows."""
+    Image.open(image).save(image, format='PNG')
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    chunk = b'eXIf' + exif.tobytes().removeprefix(b'Exif\0\0')
+    data = image.read_bytes()
+    chunk = struct.pack('>I', len(chunk) - 4) + chunk + struct.pack('>I', zlib.crc32(chunk))
+    image.write_bytes(data[:-12] + chunk + data[-12:])
+
+
+def as_tiff(image, orientation):
+    Image.open(image).save(image, format='TIFF', tiffinfo={0x0112: orientation})
+
+
+def as_webp(image, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.open(image).save(image, format='WEBP', exif=exif, lossless=True)
+
+
+def with_xmp(image, orientation):
+    """Makes a JPEG file whose EXIF data have no orientation, and whose XMP data, which Pillow reads, have."""
+    exif = Image.Exif()
+    exif[0x010F] = 'maker'
+    xmp = f'<x:xmpmeta><rdf:Description tiff:Orientation="{orientation}"/></x:xmpmeta>'.encode()
+    Image.open(image).save(image, format='JPEG', exif=exif, xmp=xmp)
+
+
+def test_a_tiff_label_map_is_turned_too(root):
+    image, label = root / 'images/training/2.jpg', root / 'annotations/training/2.png'
+    values = cv2.imread(str(label), 0)
+    as_tiff(label, 6)
+    loaded = LoadAnnotations().transform(dict(seg_map_path=str(label), seg_fields=[], reduce_zero_label=False))
+    assert np.array_equal(loaded['gt_seg_map'], np.rot90(values, -1))
+    assert [finding.kind for finding in findings(config(root))] == ['EXIF orientation']
+    turn(image, 6)
+    assert findings(config(root)) == []
+
+
+@pytest.mark.parametrize('orientation', [2, 3, 4, 5, 6, 7, 8])
+@pytest.mark.parametrize(
+    ('make', 'is_heeded'), [(turn, True), (with_late_exif, True), (as_tiff, True), (as_webp, True), (with_xmp, False)]
+)
+def test_orientation_is_what_opencv_makes_of_it(make, is_heeded, orientation, root):
+    image = root / 'images/training/2.jpg'
+    before = cv2.imread(str(image))
+    make(image, orientation)
+    loaded = cv2.imdecode(np.fromfile(image, np.uint8), cv2.IMREAD_COLOR)
+    assert (loaded.shape == before.shape and np.abs(loaded.astype(int) - before).mean() < 20) != is_heeded
+    picture = read_picture(Task(str(image), False, False, 'cv2', True))
+    assert picture.orientation == (orientation if is_heeded else 1)
+    assert (picture.height, picture.width) == loaded.shape[:2]
+    assert [finding.kind for finding in findings(config(root))] == ['EXIF orientation'] * is_heeded
+    label = root / 'annotations/training/2.png'
+    paint(label, lambda pixels: pixels.T if orientation >= 5 and is_heeded else pixels)  # as large as the image shown
+    assert len(findings(config(root))) == (is_heeded and orientation < 5)
 
 
 @pytest.mark.parametrize('mode', ['L', 'LA', 'RGBA', 'P', 'CMYK', 'I;16'])
@@ -118,6 +191,53 @@ def test_images_that_the_loader_makes_rgb(mode, root):
     assert kinds == {'CMYK': set(), 'I;16': {'type of file', 'bit depth of images'}}.get(mode, {'type of file'})
 
 
+@pytest.mark.parametrize('whole', [False, True])
+def test_colours_of_16_bits(whole, root):
+    paint(root / 'images/training/2.jpg', lambda pixels: pixels)
+    image = np.random.default_rng(0).integers(0, 65536, (48, 64, 3), np.uint16)
+    (root / 'images/training/2.jpg').write_bytes(cv2.imencode('.png', image)[1].tobytes())
+    (finding,) = (f for f in findings(config(root), whole=whole, severity='warning') if f.kind == 'bit depth of images')
+    assert finding.found == 'Pillow mode RGB;16B'
+
+
+def test_label_maps_are_read_as_the_pipeline_reads_them(root):
+    labels = root / 'annotations/training'
+    relabel(root, lambda label: (label % 2).astype(np.uint8))
+    for path in labels.iterdir():
+        Image.fromarray(cv2.imread(str(path), 0) * 255).convert('1').save(path)
+    cfg = config(root, ('background', 'crack'))
+    assert findings(cfg) == []  # by Pillow: 0 and 1
+    cfg.train_dataloader.dataset.pipeline[1].imdecode_backend = 'cv2'
+    assert [finding.kind for finding in findings(cfg)] == ['masks of 0 and 255']
+    Image.open(labels / '2.png').convert('P').save(labels / '2.png')
+    (finding,) = (finding for finding in findings(cfg) if finding.file.endswith('2.png'))
+    assert finding.found == '3 channels (P, read by cv2)'
+
+
+def test_a_harmless_remark_of_the_decoder_is_a_warning(root):
+    image = root / 'images/training/2.jpg'
+    before, data = cv2.imread(str(image)), bytearray(image.read_bytes())
+    start = data.index(b'\xff\xda') + 2
+    data[start + data[start + 1] - 2] = 0  # the last coefficient, of which a sequential decoder makes nothing
+    image.write_bytes(data)
+    assert np.array_equal(cv2.imread(str(image)), before)
+    assert findings(config(root), whole=True) == []
+    (finding,) = (f for f in findings(config(root), whole=True, severity='warning') if f.file == str(image))
+    assert finding.found.startswith("the decoder says 'Invalid SOS parameters for sequential JPEG', which changes no")
+
+
+def test_a_file_that_the_system_does_not_let_be_read(root, tmp_path):
+    (root / 'list.txt').write_text('0\n1\nfolder\n')
+    (root / 'images/training/folder.jpg').mkdir()
+    shutil.copy(root / 'annotations/training/0.png', root / 'annotations/training/folder.png')
+    (finding,) = findings(config(root, ann_file='list.txt'))
+    assert finding.found == f"[Errno 21] Is a directory: '{root}/images/training/folder.jpg'"
+    assert finding.fix == 'Give yourself the right to read it, or look at its disk'
+    picture = read_picture(Task(finding.file, False, False))
+    remember(tmp_path / 'memory', {'good': Picture(1, 2), 'unreadable': picture})
+    assert recall(tmp_path / 'memory') == {'good': Picture(1, 2)}
+
+
 def test_palette_and_harmless_16_bit_label_maps(root):
     labels = root / 'annotations/training'
     palette = Image.open(labels / '1.png').convert('P')
@@ -125,6 +245,15 @@ def test_palette_and_harmless_16_bit_label_maps(root):
     palette.save(labels / '1.png')
     paint(labels / '2.png', lambda label: label.astype(np.uint16))
     assert findings(config(root), whole=True) == []
+
+
+@pytest.mark.parametrize('end', [b'\xff\xd9', b'\0' * 900 + b'\xff\xd9'])
+def test_only_the_whole_check_sees_that_a_cut_file_was_filled_up(end, root):
+    image = root / 'images/training/2.jpg'
+    image.write_bytes(image.read_bytes()[:-900] + end)
+    assert findings(config(root)) == []
+    (finding,) = findings(config(root), whole=True)
+    assert finding.kind == 'damaged file'
 
 
 def test_a_junk_trailer_is_no_truncation(root):
@@ -167,6 +296,57 @@ def test_a_sample_only_warns_of_reduce_zero_label(root, monkeypatch):
     assert findings(cfg) == []
     assert 'reduce_zero_label' in [finding.kind for finding in findings(cfg, severity='warning')]
     assert [finding.kind for finding in findings(cfg, whole=True)] == ['reduce_zero_label']
+
+
+def replaced(**values):
+    """Returns what gives some values of a label map another."""
+    table = np.arange(256, dtype=np.uint8)
+    table[[int(old[1:]) for old in values]] = list(values.values())
+    return lambda label: cv2.LUT(label, table)
+
+
+@pytest.mark.parametrize(
+    ('change', 'classes', 'severity'),
+    [
+        (replaced(_3=2), 10, 'error'),
+        (replaced(_3=2, _4=2), 10, 'warning'),
+        (replaced(_3=2, _4=2, _5=2), 10, None),  # as likely by chance
+        (lambda label: np.where((label == 0) & (np.indices(label.shape)[1] > 0), 1, label), 10, None),  # 0 is rare
+    ],
+)
+def test_reduce_zero_label_where_0_is_a_class_and_others_lack(change, classes, severity, root):
+    relabel(root, change)
+    cfg = config(root, NAMES[:classes], reduce_zero_label=True)
+    found = [f for f in check(cfg, ['train_dataloader'], whole=True).findings if f.kind == 'reduce_zero_label']
+    assert [finding.severity for finding in found] == [severity] * (severity is not None)
+
+
+def test_reduce_zero_label_where_another_split_has_the_last_class(root):
+    cfg = config(root, NAMES[:10], reduce_zero_label=True)
+    cfg.val_dataloader.dataset.update(reduce_zero_label=True)
+    cfg.val_dataloader.dataset.metainfo = cfg.train_dataloader.dataset.metainfo
+    assert [f.kind for f in check(cfg, TRAINING, False).of('error')] == ['reduce_zero_label'] * 2
+    relabel(root, replaced(_9=10), 'validation')
+    assert check(cfg, TRAINING, False).of('error') == []
+
+
+def test_values_from_1_without_the_last_class(root):
+    relabel(root, replaced(_0=1))
+    (finding,) = (f for f in findings(config(root, NAMES[:10]), severity='warning') if f.kind == 'reduce_zero_label')
+    assert finding.found == 'values 1-9 and never 0, with reduce_zero_label=False'
+    assert finding.fix == 'Set reduce_zero_label=True if the labels count from 1, unless sky occurs nowhere'
+    relabel(root, replaced(_3=2, _4=2, _5=2))
+    assert not [f for f in findings(config(root, NAMES[:10]), severity='warning') if f.kind == 'reduce_zero_label']
+
+
+def test_masks_of_0_and_255_but_for_a_pixel(root):
+    relabel(root, lambda label: np.where(label < 5, 0, 255).astype(np.uint8))
+    label = root / 'annotations/training/1.png'
+    paint(label, lambda pixels: np.where(np.arange(pixels.size).reshape(pixels.shape) == 9, 1, pixels).astype(np.uint8))
+    cfg = config(root, ('background', 'crack'))
+    assert findings(cfg) == []
+    (finding,) = findings(cfg, severity='warning')
+    assert finding.found == 'values 0 and 255 but for 1 pixels: all that is not class 0 is ignored'
 
 
 def test_masks_of_0_and_255(root):
@@ -234,12 +414,12 @@ def test_an_empty_list(root):
 
 
 def test_a_list_that_names_a_file_that_is_not_there(root):
-    (root / 'list.txt').write_text('0\n1.jpg\n')
-    image, label = findings(config(root, ann_file='list.txt'))
+    (root / 'list.txt').write_text('0\n1.jpg\n\n')
+    image, blank = findings(config(root, ann_file='list.txt'))
     assert image.file == f'{root}/images/training/1.jpg.jpg'
     assert image.found == 'no such file (but 1.jpg)'
     assert image.fix == 'Put it there, or take its name from ann_file, which has names without suffix'
-    assert label.file == f'{root}/annotations/training/1.jpg.png'
+    assert (blank.found, blank.fix) == ('a blank line', 'Remove the line')
 
 
 def test_a_list_that_is_not_there(root):
@@ -272,6 +452,15 @@ def test_two_data_sets_that_share_a_folder(root):
         'train_dataloader.dataset (2 of 2)',
     ]
     assert [len(split.pairs) for split in splits] == [3, 1]
+
+
+def test_images_that_are_left_out(root):
+    for name in ('9.jpeg', '8.PNG', 'readme.txt', '.hidden.jpeg'):
+        shutil.copy(root / 'images/training/0.jpg', root / 'images/training' / name)
+    assert findings(config(root)) == []
+    (finding,) = (f for f in findings(config(root), severity='warning') if f.kind == 'images left out')
+    assert finding.file == f'{root}/images/training/8.PNG'
+    assert finding.found == '2 pictures of the folder in no pair, this one among them'
 
 
 def test_the_same_split_comes_once(root):
@@ -318,6 +507,41 @@ def test_files_that_are_read_by_other_means_are_not_judged(root):
 
 
 # ------------------------------------------------------------------------------------------------------ how it is read
+
+
+def wrap(root):
+    paint(root / 'annotations/training/2.png', with_value(256 + 3, np.uint16))
+
+
+@pytest.mark.parametrize(
+    ('row', 'is_noticed'),
+    [
+        ('garbage JPEG', True),
+        ('truncated PNG', True),
+        ('missing label map', True),
+        ('different sizes', True),
+        ('EXIF rotation', True),
+        ('label out of range', True),
+        ('RGB PNG', True),
+        ('corrupt bytes in a JPEG', False),
+        ('JPEG for labels', False),
+        ('missing image', False),  # no run sees a label map alone
+        (wrap, False),
+        (lambda root: turn(root / 'images/training/2.jpg', 3), False),
+    ],
+)
+def test_where_bad_samples_are_skipped_what_a_run_does_not_notice_stays_an_error(row, is_noticed, root):
+    row(root) if callable(row) else spoil(root, 'training', '2', row)
+    (finding,) = check(config(root), TRAINING, True).of('error')
+    (same,) = (f for f in check(config(root), TRAINING, True, may_skip=True).findings if f.kind == finding.kind)
+    assert same == replace(finding, severity='warning' if is_noticed else 'error')
+
+
+def test_a_listed_image_that_is_not_there_is_skipped(root):
+    (root / 'list.txt').write_text('0\n1\nnone\n')
+    report = check(config(root, ann_file='list.txt'), TRAINING, False, may_skip=True)
+    assert report.of('error') == []
+    assert 'missing image' in [finding.kind for finding in report.of('warning')]
 
 
 def test_bad_pairs_of_training_are_warnings_where_they_are_skipped(root, capsys):
@@ -377,10 +601,10 @@ def test_a_damaged_memory_is_forgotten(many, tmp_path):
     whole = memory.read_text()
     for content in (
         '',
-        '{"version": 1, "fil',
+        '{"version": 2, "fil',
         '[]',
         '{"version": 0, "files": {}}',
-        '{"version": 1, "files": {"a": [1]}}',
+        '{"version": 2, "files": {"a": [1]}}',
     ):
         memory.write_text(content)
         assert recall(memory) == {}
@@ -404,7 +628,7 @@ def test_read_picture(root):
     image, label = root / 'images/training/0.jpg', root / 'annotations/training/0.png'
     read = read_picture(Task(str(image), False, False))
     status = image.stat()
-    assert read == Picture(status.st_size, status.st_mtime_ns, False, 'JPEG', 'RGB', 64, 48)
+    assert read == Picture(status.st_size, status.st_mtime_ns, False, 'JPEG', 'RGB', 64, 48, 3)
     values, counts = np.unique(cv2.imread(str(label), 0), return_counts=True)
     assert read_picture(Task(str(label), True, True)).values == np.stack((values, counts), 1).tolist()
     assert read_picture(Task(str(root / 'none'), False, True)) is None
