@@ -3,13 +3,16 @@
 import atexit
 import logging
 import math
+import re
+import shlex
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from mmcv.transforms import Pad
 from mmengine.dataset import BaseDataset, Compose
 from mmengine.dist import all_gather_object, all_reduce, barrier
 from mmengine.hooks import Hook
@@ -21,10 +24,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from mmseg_resnest.checkpoints import model_weights, read_checkpoint
 from mmseg_resnest.optim import AutocastOptimWrapper, StepCheck
 from mmseg_resnest.registry import HOOKS
 from mmseg_resnest.steps import files_of, random_state, save_step
-from mmseg_resnest.transforms import CheckedCompose
+from mmseg_resnest.transforms import CheckedCompose, expected_labels
 
 
 @HOOKS.register_module()
@@ -57,7 +61,9 @@ class BatchNormCheckHook(Hook):
 class SampleCheckHook(Hook):
     """Lets a bad sample stop the run with a message that names it, or lets training go on without it.
 
-    Every data set's pipeline, inside wrappers too, becomes a ``CheckedCompose`` of the same transforms.
+    Every data set's pipeline, inside wrappers too, becomes a ``CheckedCompose`` of the same transforms. In training the
+    labels must be classes of the heads and of the data set, whichever has fewer; so must what label maps are padded
+    with, if it is not ignored.
 
     Args:
         on_bad_sample: ``'stop'``, or ``'skip'``: in training another sample takes the place of a bad one, which is
@@ -76,8 +82,16 @@ class SampleCheckHook(Hook):
         self._read_to = 0
 
     def before_train(self, runner: Runner) -> None:
-        """Checks training samples; heads say which label is ignored."""
-        heads = (module for module in runner.model.modules() if isinstance(module, BaseDecodeHead))
+        """Checks training samples; heads say which label is ignored.
+
+        Raises:
+            ValueError: Label maps are padded with a number that a head takes for no class and does not ignore.
+        """
+        self._start = runner.iter
+        named = _unwrapped(runner.model).named_modules()
+        heads = {name: module for name, module in named if isinstance(module, BaseDecodeHead)}
+        _check_padding(runner, heads)
+        heads = list(heads.values())
         if self.skips:
             _check_samples(runner.train_dataloader.dataset, heads, skipped=self._file(runner))
         else:
@@ -101,36 +115,78 @@ class SampleCheckHook(Hook):
             lines = file.read().splitlines()
             self._read_to = file.tell()
         for line in lines:
-            runner.logger.warning(f'Skipped a bad sample: {line}')
+            runner.logger.warning(f'Skipped a bad sample: {line.replace(chr(9), " ")}')
         self._skipped += lines
 
     def after_train(self, runner: Runner) -> None:
-        """Reports what all processes have skipped."""
+        """Reports what all processes have skipped since the run was started or resumed."""
         if not self.skips:
             return
         parts = all_gather_object(self._skipped)
         if runner.rank != 0 or not any(parts):
             return
-        times = Counter(line for part in parts for line in part)
-        listed = ''.join(f'\n  {count} times: {line}' for line, count in times.most_common(20))
+        lines = [line.split('\t', 1) for part in parts for line in part]
+        found = dict(lines)
+        times = Counter(files for files, _ in lines)  # the reason may differ from time to time
+        listed = ''.join(f'\n  {count} times: {files} {found[files]}' for files, count in times.most_common(20))
         more = f'\n  and {len(times) - 20} more, in {runner.log_dir}/bad_samples_*.txt' if len(times) > 20 else ''
-        runner.logger.warning(f'Skipped {times.total()} bad samples in training, {len(times)} different:{listed}{more}')
+        runner.logger.warning(
+            f'Skipped {times.total()} bad samples in iterations {self._start + 1} to {runner.iter}, '
+            f'{len(times)} different:{listed}{more}'
+        )
 
     def _file(self, runner: Runner) -> Path:
         return Path(runner.log_dir) / f'bad_samples_{runner.rank}.txt'
 
 
-def _check_samples(dataset: Any, readers: Iterable, advice: str = '', skipped: Path | None = None) -> None:
-    """Replaces the pipelines of a data set, whose labels ``readers`` will read, each with an ``ignore_index``."""
+def _check_samples(dataset: Any, readers: Sequence, advice: str = '', skipped: Path | None = None) -> None:
+    """Replaces the pipelines of a data set, whose labels ``readers`` will read: heads, or metrics."""
     ignored = {reader.ignore_index for reader in readers if isinstance(getattr(reader, 'ignore_index', None), int)}
+    known = [_labels_of(reader) for reader in readers if isinstance(reader, BaseDecodeHead)]
     for part in _base_datasets(dataset):
-        classes = part.metainfo.get('classes')
+        named = part.metainfo.get('classes')
+        classes = min([*known, len(named)] if named else known, default=None)
         # Where readers differ, no label is ignored by all of them.
         ignore_index = next(iter(ignored or {getattr(part, 'ignore_index', 255)})) if len(ignored) < 2 else None
         if type(part.pipeline) is Compose:
-            part.pipeline = CheckedCompose(
-                part.pipeline.transforms, len(classes) if classes else None, ignore_index, advice, skipped
-            )
+            part.pipeline = CheckedCompose(part.pipeline.transforms, classes, ignore_index, advice, skipped)
+
+
+def _labels_of(head: BaseDecodeHead) -> int:
+    """How many labels a head tells apart: a single channel, which a sigmoid reads, is for two."""
+    return 2 if head.out_channels == 1 else head.num_classes
+
+
+def _check_padding(runner: Runner, heads: Mapping[str, BaseDecodeHead]) -> None:
+    """Raises a ValueError where label maps are padded with what a head neither knows nor ignores."""
+    paddings = {
+        'model.data_preprocessor.seg_pad_val': getattr(_unwrapped(runner.model).data_preprocessor, 'seg_pad_val', None)
+    }
+    for transform in _transforms(runner.train_dataloader.dataset):
+        where = f'{type(transform).__name__} in train_dataloader.dataset.pipeline'
+        paddings[f'seg_pad_val of {where}'] = getattr(transform, 'seg_pad_val', None)
+        if isinstance(transform, Pad):
+            paddings[f'pad_val.seg of {where}'] = transform.pad_val.get('seg', 255)
+    for key, value in paddings.items():
+        for name, head in heads.items():
+            if isinstance(value, int) and value != head.ignore_index and not 0 <= value < _labels_of(head):
+                raise ValueError(
+                    f'{key} is {value}, but model.{name} has ignore_index={head.ignore_index} and the classes '
+                    f'{expected_labels(_labels_of(head), None)}: padding would be neither. Set both to the same number'
+                )
+
+
+def _transforms(owner: Any) -> Iterator[Any]:
+    """Yields the transforms of a data set or of a transform, and all that is inside of it."""
+    for name in ('dataset', 'datasets', 'pipeline', 'transforms'):
+        inner = getattr(owner, name, [])
+        for part in inner if isinstance(inner, Sequence) else [inner]:
+            yield part
+            yield from _transforms(part)
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    return model.module if is_model_wrapper(model) else model
 
 
 def _base_datasets(dataset: Any) -> Iterator[BaseDataset]:
@@ -149,7 +205,8 @@ class NonFiniteHook(Hook):
 
     The batch norm statistics, which the forward pass has changed, become those from before it again, so that a skipped
     step leaves no trace in the model; the schedule goes on. A step that stops the run is written to the work dir with
-    its batches and random states, for ``tools/reproduce_step.py``. Weights that are not finite are not evaluated.
+    its batches and random states, for ``tools/reproduce_step.py``. Weights that are not finite, which a finite gradient
+    leads to if the learning rate is too high, are neither evaluated nor saved, and no run ends well with them.
     With another optimiser wrapper than AutocastOptimWrapper the loss is checked, after the step: the run stops, and
     there is no file.
 
@@ -213,6 +270,8 @@ class NonFiniteHook(Hook):
         for batch in batches:
             batch['losses'] = {name: float(value) for name, value in batch['losses'].items()}
         self._buffers.restore()
+        parameters = dict(runner.model.named_parameters())  # those of all ranks
+        _check_trained(runner, runner.iter + 1, parameters, 'before its step, so no loss can be finite')
         self._in_a_row += 1
         what = _describe(runner, check, batches)
         if self.action == 'stop' or self._in_a_row == self.limit:
@@ -221,8 +280,14 @@ class NonFiniteHook(Hook):
         self._skipped += 1
         runner.logger.warning(f'{what}\nThe step was skipped.')
 
+    def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        """Refuses weights that are not finite, before anything is written."""
+        iteration = checkpoint['meta'].get('iter', runner.iter)
+        _check_trained(runner, iteration, checkpoint['state_dict'], 'after it, and no checkpoint of them was saved')
+
     def after_train(self, runner: Runner) -> None:
-        """Reports how many steps were skipped."""
+        """Refuses weights that are not finite; reports how many steps were skipped."""
+        _check_trained(runner, runner.iter, runner.model.state_dict(), 'after it, at the end of training')
         if self._skipped:
             runner.logger.warning(f'Skipped {self._skipped} steps whose loss or gradient norm was not finite')
 
@@ -292,7 +357,7 @@ def _write_step(runner: Runner, check: StepCheck, batches: list[dict]) -> str:
     try:
         save_step(
             path,
-            runner.model.module if is_model_wrapper(runner.model) else runner.model,
+            _unwrapped(runner.model),
             batches,
             iteration=runner.iter + 1,
             device=wrapper.device_type,
@@ -302,17 +367,27 @@ def _write_step(runner: Runner, check: StepCheck, batches: list[dict]) -> str:
         )
     except (OSError, RuntimeError) as error:  # a full disk must not hide what has happened
         return f'The step could not be written to {path}: {error}'
-    return f'Reproduce it with: python tools/reproduce_step.py {config} {path}'
+    return f'Reproduce it with: {shlex.join(["python", "tools/reproduce_step.py", str(config), str(path)])}'
 
 
 def _last_checkpoint(runner: Runner) -> str:
-    note = Path(runner.work_dir) / 'last_checkpoint'
-    return note.read_text().strip() if note.is_file() else f'none yet in {runner.work_dir}'
+    """The newest checkpoint that can be read and is finite."""
+    others = ''
+    files = [path for path in Path(runner.work_dir).glob('*.pth') if re.search(r'(iter|epoch)_\d+$', path.stem)]
+    files = [path for path in files if not path.name.startswith('nonfinite_')]
+    for path in sorted(files, key=lambda path: int(path.stem.rpartition('_')[2]), reverse=True):
+        try:
+            if not _not_finite(model_weights(read_checkpoint(path))):
+                return f'{path}{others}'
+            others += f' ({path.name} is not finite)'
+        except (ValueError, OSError):
+            others += f' ({path.name} cannot be read)'
+    return f'none yet in {runner.work_dir}{others}'
 
 
 def _check_loss_after_step(runner: Runner, data_batch: Any, outputs: dict) -> None:
     """Raises a ValueError on all ranks where a loss is not finite; the optimiser has used it already."""
-    loss = float(outputs.get('loss', 0))
+    loss = float(torch.as_tensor(outputs.get('loss', 0)).detach())
     finite = torch.tensor(float(math.isfinite(loss)), device=next(runner.model.parameters()).device)
     all_reduce(finite, 'min')
     if not finite:
@@ -328,12 +403,27 @@ def _check_loss_after_step(runner: Runner, data_batch: Any, outputs: dict) -> No
 def _check_weights(runner: Runner) -> None:
     """Raises a ValueError where weights are not finite: an evaluation would give a number like any other."""
     state = runner.model.state_dict()
-    wrong = [key for key, value in state.items() if value.is_floating_point() and not value.isfinite().all()]
-    if wrong:
+    if wrong := _not_finite(state):
         raise ValueError(
             f'{len(wrong)} of {len(state)} tensors of the model are not finite (the first: {", ".join(wrong[:3])}); '
             'an evaluation would report a number all the same. Use a checkpoint from before the training diverged'
         )
+
+
+def _check_trained(runner: Runner, iteration: int, state: Mapping[str, torch.Tensor], when: str) -> None:
+    """Raises a ValueError where training has led to weights that are not finite."""
+    if wrong := _not_finite(state):
+        raise ValueError(
+            f'Iteration {iteration}: {len(wrong)} of {len(state)} tensors of the model are not finite '
+            f'(the first: {", ".join(wrong[:3])}) {when}.\n'
+            'A step has broken them, not a sample: its update, or batch norm statistics, overflowed.\n'
+            f'Last good checkpoint: {_last_checkpoint(runner)}\n'
+            'Usual remedies: a lower learning rate, a longer warm-up, optim_wrapper.clip_grad="dict(max_norm=1)"'
+        )
+
+
+def _not_finite(state: Mapping[str, torch.Tensor]) -> list[str]:
+    return [key for key, value in state.items() if value.is_floating_point() and not value.isfinite().all()]
 
 
 @HOOKS.register_module()

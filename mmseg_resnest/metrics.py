@@ -24,8 +24,14 @@ class IoUMetric(_IoUMetric):
         """Counts a batch.
 
         Raises:
-            ValueError: A label map has another size than the prediction, or one of both has values that are no class.
+            ValueError: A label map has another size than the prediction, or one of both has values that are no class;
+                or the data set names no classes.
         """
+        if not self.dataset_meta.get('classes'):
+            raise ValueError(
+                f'{type(self).__name__}: the data set names no classes; expected metainfo=dict(classes=(...)) in '
+                'val_dataloader.dataset, and in test_dataloader.dataset'
+            )
         for sample in data_samples:
             self._check(sample)
         super().process(data_batch, data_samples)

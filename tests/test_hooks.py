@@ -234,7 +234,7 @@ class NormedStem(nn.Sequential):
 HEAD = dict(in_channels=4, in_index=0, channels=4, num_convs=1)
 
 
-def config_runner(work_dir, data, *options, hooks=(), edit=lambda cfg: None):
+def config_runner(work_dir, data, *options, hooks=(), edit=lambda cfg: None, build=Runner.from_cfg):
     """The Runner of CAMVID with a tiny model, seeded, for four iterations without validation."""
     quiet = ['train_cfg.max_iters=4', 'train_cfg.val_interval=9', 'randomness.seed=0']
     command = [str(CAMVID), '--work-dir', str(work_dir), '--data-root', str(data)]
@@ -249,7 +249,7 @@ def config_runner(work_dir, data, *options, hooks=(), edit=lambda cfg: None):
         loader.dataset.serialize_data = False  # which would collect garbage for a second
     edit(cfg)
     # Formatting the config for its copies takes most of a tiny run.
-    runner = Runner.from_cfg(Config(cfg.to_dict(), filename=cfg.filename, format_python_code=False))
+    runner = build(Config(cfg.to_dict(), filename=cfg.filename, format_python_code=False))
     for hook in hooks:
         runner.register_hook(hook, priority='VERY_HIGH')
     return runner
@@ -304,7 +304,7 @@ def check_skipped(work_dir):
     each = re.findall(r'WARNING - Skipped a bad sample: image (\S+)', text)
     assert sorted(map(os.path.basename, each)) == ['2.jpg', '4.jpg']
     ((total, different, listed),) = re.findall(
-        r'WARNING - Skipped (\d+) bad samples in training, (\d+) different:((?:\n  .*)+)', text
+        r'WARNING - Skipped (\d+) bad samples in iterations 1 to 9, (\d+) different:((?:\n  .*)+)', text
     )
     assert different == '2'
     counts = {file: int(count) for count, file in re.findall(r'(\d+) times: image (\S+) \(', listed)}
@@ -322,6 +322,17 @@ def test_bad_training_samples_are_skipped_counted_and_reported(spoilt, tmp_path)
     runner.train()
     assert runner.iter == 9
     assert check_skipped(tmp_path / 'w') >= 6  # in three epochs
+
+
+def test_report_of_a_resumed_run_says_what_it_counts(spoilt, tmp_path):
+    def resume(cfg):
+        cfg.load_from, cfg.resume = str(tmp_path / 'w/iter_2.pth'), True
+
+    options = [SKIP, 'default_hooks.checkpoint.interval=2']
+    config_runner(tmp_path / 'w', spoilt, *options, 'train_cfg.max_iters=2').train()
+    config_runner(tmp_path / 'w', spoilt, *options, 'train_cfg.max_iters=8', edit=resume).train()
+    text = ''.join(file.read_text() for file in tmp_path.glob('w/*/*.log'))
+    assert re.search(r'Skipped \d+ bad samples in iterations 3 to 8, 2 different:', text)
 
 
 @pytest.mark.slow
@@ -356,10 +367,61 @@ def test_wrapped_data_sets_are_checked(spoilt, tmp_path):
 
 def test_heads_say_which_label_is_ignored(data, tmp_path):
     heads = [f'model.{head}.ignore_index=254' for head in ('decode_head', 'auxiliary_head')]
+    padding = 'model.data_preprocessor.seg_pad_val'
     with pytest.raises(ValueError, match=r'values 255 at \d+ pixels; expected 0-10 or 254 \(ignored\)'):
-        config_runner(tmp_path / 'one', data, *heads).train()
+        config_runner(tmp_path / 'one', data, *heads, f'{padding}=254').train()
     with pytest.raises(ValueError, match=r'values 255 at \d+ pixels; expected 0-10\.'):
-        config_runner(tmp_path / 'two', data, heads[0]).train()
+        config_runner(tmp_path / 'two', data, heads[0], f'{padding}=0').train()  # a class may be padded with
+
+
+@pytest.mark.parametrize(
+    ('extra', 'key'),
+    [
+        (None, 'model.data_preprocessor.seg_pad_val'),
+        (dict(type='RandomRotate', prob=1.0, degree=5), 'seg_pad_val of RandomRotate in train_dataloader.dataset.pipe'),
+        (dict(type='Pad', size=(48, 64)), 'pad_val.seg of Pad in train_dataloader.dataset.pipeline'),
+    ],
+)
+def test_padding_that_is_no_class_and_not_ignored_is_refused(extra, key, data, tmp_path):
+    """Before the first iteration: small images may be rare."""
+
+    def edit(cfg):
+        cfg.model.data_preprocessor.seg_pad_val = 255 if extra is None else 0
+        if extra:
+            inner = dict(type='RandomApply', transforms=[extra], prob=0.5)
+            cfg.train_dataloader.dataset = dict(type='RepeatDataset', times=2, dataset=cfg.train_dataloader.dataset)
+            cfg.train_dataloader.dataset.dataset.pipeline.insert(2, inner)
+
+    options = [f'model.{head}.ignore_index=0' for head in ('decode_head', 'auxiliary_head')]
+    with pytest.raises(
+        ValueError, match=rf'^{key}\S* is 255, but model\.decode_head has ignore_index=0 and the classes 0-10: padding'
+    ):
+        config_runner(tmp_path / 'w', data, *options, edit=edit).train()
+
+
+def test_heads_say_how_many_classes_there_are_where_the_data_set_does_not(data, tmp_path):
+    def nine(cfg):
+        del cfg.train_dataloader.dataset['metainfo']
+        cfg.model.auxiliary_head.num_classes = 9
+
+    with pytest.raises(ValueError, match=r'the label has values 9 at \d+ pixels; expected 0-8 or 255'):
+        config_runner(tmp_path / 'w', data, edit=nine).train()
+
+
+@pytest.mark.parametrize('leave_out', ['None', 'del'])
+def test_our_tools_always_check_samples(leave_out, data, tmp_path):
+    """Whatever the config says; another default hook that is None is left out."""
+    options = ['default_hooks.nonfinite=None', *(['default_hooks.samples=None'] if leave_out == 'None' else [])]
+    kept = [f'default_hooks.{name}=None' for name in ('logger', 'checkpoint')]
+
+    def edit(cfg):
+        if leave_out == 'del':
+            del cfg.default_hooks['samples']
+
+    runner = config_runner(tmp_path / 'w', data, *options, *kept, edit=edit, build=cli.build_runner)
+    kinds = [type(hook).__name__ for hook in runner.hooks]
+    assert kinds.count('SampleCheckHook') == 1
+    assert not {'NonFiniteHook', 'LoggerHook', 'CheckpointHook'} & set(kinds)
 
 
 def test_on_bad_sample_is_one_of_two():
@@ -490,6 +552,62 @@ def test_stock_wrapper_stops_after_its_step(data, tmp_path):
 def test_stock_wrapper_cannot_skip(data, tmp_path):
     with pytest.raises(ValueError, match="action='skip' cannot undo a step of OptimWrapper"):
         config_runner(tmp_path / 'w', data, SKIP_STEPS, edit=use_stock_wrapper).train()
+
+
+class Spoil(Hook):
+    """Makes a weight infinite after one iteration, as a step with an infinite learning rate does."""
+
+    priority = 'HIGHEST'
+
+    def __init__(self, iteration):
+        self.iteration = iteration
+
+    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+        if runner.iter + 1 == self.iteration:
+            runner.model.backbone[0].weight.data[0] = float('inf')
+
+
+BROKEN = r'1 of \d+ tensors of the model are not finite \(the first: backbone\.0\.weight\)'
+
+
+@pytest.mark.parametrize('edit', [lambda cfg: None, use_stock_wrapper], ids=['ours', 'stock wrapper'])
+def test_weights_that_are_not_finite_are_not_saved(edit, data, tmp_path):
+    """Nor does the last good checkpoint go, though MMEngine makes room for the next one before."""
+    options = ['default_hooks.checkpoint.interval=1', 'default_hooks.checkpoint.max_keep_ckpts=2']
+    with pytest.raises(ValueError, match=rf'^Iteration 3: {BROKEN} after it, and no checkpoint of them was saved') as e:
+        config_runner(tmp_path / 'w', data, *options, hooks=[Spoil(3)], edit=edit).train()
+    assert f'\nLast good checkpoint: {tmp_path}/w/iter_2.pth\n' in str(e.value)
+    assert [path.name for path in (tmp_path / 'w').glob('*.pth')] == ['iter_2.pth']
+    assert all(value.isfinite().all() for value in read_checkpoint(tmp_path / 'w/iter_2.pth')['state_dict'].values())
+
+
+@pytest.mark.parametrize('iteration', [3, 4])
+def test_weights_that_are_not_finite_end_the_run_as_an_error(iteration, data, tmp_path):
+    """With skip too: the step after them is not finite, and nothing can make it so; or there is none."""
+    options = [SKIP_STEPS, 'default_hooks.checkpoint=None', 'train_cfg.val_begin=9']
+    when = 'before its step, so no loss can be finite' if iteration == 3 else 'after it, at the end of training'
+    with pytest.raises(ValueError, match=rf'^Iteration 4: {BROKEN} {when}\.\nA step has broken them') as error:
+        config_runner(tmp_path / 'w', data, *options, hooks=[Spoil(iteration)]).train()
+    assert f'Last good checkpoint: none yet in {tmp_path}/w\n' in str(error.value)
+    assert not list((tmp_path / 'w').glob('*.pth'))
+
+
+def test_the_last_good_checkpoint_is_finite(data, tmp_path):
+    """One of an earlier version, saved with what is not finite, and one that cannot be read are passed over."""
+
+    class Damage(Hook):
+        def before_train_iter(self, runner, batch_idx, data_batch=None):
+            if runner.iter == 3:
+                content = torch.load(tmp_path / 'w/iter_2.pth', weights_only=False)
+                content['state_dict']['backbone.0.weight'][0] = float('nan')
+                torch.save(content, tmp_path / 'w/iter_2.pth')
+                (tmp_path / 'w/iter_3.pth').write_bytes(b'')
+
+    options = ['default_hooks.checkpoint.interval=1']
+    with pytest.raises(ValueError, match='Iteration 4: the loss is not finite') as error:
+        config_runner(tmp_path / 'w', data, *options, hooks=[Poison(4), Damage()]).train()
+    found = f'{tmp_path}/w/iter_1.pth (iter_3.pth cannot be read) (iter_2.pth is not finite)'
+    assert f'\nLast good checkpoint: {found}\n' in str(error.value)
 
 
 def test_weights_that_are_not_finite_are_not_evaluated(data, tmp_path):

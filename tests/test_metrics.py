@@ -114,6 +114,11 @@ def test_predictions_of_other_classes_are_refused():
         process(torch.tensor([[0, 1]]), torch.tensor([[0, 17]]))
 
 
+def test_a_data_set_without_classes_is_refused():
+    with pytest.raises(ValueError, match=r'IoUMetric: the data set names no classes; expected metainfo=dict\(classes='):
+        process(torch.tensor([[0, 1]]), torch.tensor([[0, 1]]), classes=None)
+
+
 def test_without_labels_only_the_prediction_is_checked(tmp_path):
     metric = process(torch.tensor([[0, 199]]), torch.tensor([[0, 1]]), format_only=True, output_dir=str(tmp_path))
     assert (tmp_path / 'a.png').is_file()

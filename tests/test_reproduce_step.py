@@ -70,6 +70,12 @@ def test_a_bad_input_is_found(data, tmp_path, monkeypatch, capsys):
     assert out.count(f'{data}/images/training/') == 2
 
 
+def test_a_work_dir_with_a_space(data, tmp_path):
+    """The command can be copied to a shell as it is."""
+    command = stop(tmp_path / 'my runs', data, Poison(1))
+    assert command[1:] == [f'{tmp_path}/my runs/{CAMVID.name}', f'{tmp_path}/my runs/nonfinite_iter_1.pth']
+
+
 @pytest.mark.slow
 def test_from_the_first_command_to_the_last(data, tmp_path):
     """A learning rate of 1e36 with tools/train.py, and the command that it prints."""
@@ -81,6 +87,7 @@ def test_from_the_first_command_to_the_last(data, tmp_path):
     _, *args = shlex.split(re.search('Reproduce it with: python (.*)', trained.stderr)[1])
     again = run_tool('reproduce_step', *args, cwd=tmp_path)
     assert again.returncode == 1, again.stderr
+    assert 'Converting a tensor with requires_grad' not in again.stderr
     assert re.search('^First output that is not finite: (backbone|decode_head)', again.stdout, re.M)
 
 

@@ -202,6 +202,27 @@ def test_one_transform_that_loads_and_resizes_both(data):
     assert sample['data_samples'].gt_sem_seg.shape == (24, 32)
 
 
+@pytest.mark.parametrize('skipped', [None, 'skipped.txt'])
+@pytest.mark.parametrize(
+    'transform',
+    [
+        dict(type='RandomRotate', prob=1.0, degree=(40, 41), seg_pad_val=200),
+        dict(type='Pad', size=(80, 80), pad_val=dict(img=0, seg=200)),
+    ],
+)
+def test_what_a_transform_fills_in_is_judged(data, tmp_path, transform, skipped):
+    """No sample is to blame, so none is skipped."""
+    data_set = make_data_set(data, [*TRAINING[:2], transform, TRAINING[3]])
+    image, _ = pair(data)
+    with pytest.raises(
+        ValueError, match=rf'^image {image}: after the transforms .* values 200 at \d+ pixels; expected 0-10 or 255'
+    ) as error:
+        checked(data_set, skipped=skipped and tmp_path / skipped)[0]
+    assert '\n' not in str(error.value)
+    assert 'seg_pad_val=..., or pad_val=dict(img=0, seg=...) of Pad' in str(error.value)
+    assert not (tmp_path / 'skipped.txt').exists()
+
+
 def test_labels_are_judged_after_reduce_zero_label(data):
     image, label = pair(data)
     labels_as(np.full(SIZE, CLASSES, np.uint8))(image, label)
@@ -245,8 +266,22 @@ def test_skipping(data, tmp_path):
     lines = skipped.read_text().splitlines()
     assert len(lines) >= 2
     assert len(set(lines)) == 1
-    assert lines[0].startswith(f'image {pair(data, 1)[0]} (')
-    assert 'values 11, 199 at 7 pixels' in lines[0]
+    files, found = lines[0].split('\t')
+    assert files.startswith(f'image {pair(data, 1)[0]} (')
+    assert 'values 11, 199 at 7 pixels' in found
+
+
+@pytest.mark.parametrize('kind', BAD)
+def test_bad_samples_of_each_kind_are_skipped(data, tmp_path, kind):
+    """A missing image too; and what is written of one is the same each time."""
+    data_set = checked(make_data_set(data, TRAINING), skipped=tmp_path / 'skipped.txt')
+    BAD[kind][0](*pair(data, 1))
+    files = {data_set[i]['data_samples'].img_path for i in (1, 0, 1)}
+    assert files <= {str(pair(data, i)[0]) for i in (0, 2, 3)}
+    lines = (tmp_path / 'skipped.txt').read_text().splitlines()
+    assert len(lines) >= 2
+    assert len(set(lines)) == 1
+    assert f'image {pair(data, 1)[0]}' in lines[0]
 
 
 def test_all_samples_bad_is_an_error(data, tmp_path):

@@ -49,7 +49,7 @@ def reproduce(args: argparse.Namespace) -> None:
         set_random_state(batch['random'])
         losses = model.train_step(batch['batch'], wrapper)
         for name, value in losses.items():
-            print(f'  {name} {float(value)!r} (in the run: {batch["losses"][name]!r})')
+            print(f'  {name} {value.item()!r} (in the run: {batch["losses"][name]!r})')
     check = wrapper.last_check
     print(f'Gradient norm {check.grad_norm!r} (in the run: {step["grad_norm"]!r})')
     print(f'First output that is not finite: {first.output}\nFirst gradient that is not finite: {first.gradient}')
