@@ -1,9 +1,12 @@
 """Where weights come from, and how they are loaded: by name, safely, and strictly."""
 
 import contextlib
+import hashlib
 import os
 import pickle
+import re
 import urllib.parse
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from logging import WARNING
@@ -11,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from mmengine.hooks import Hook
+from mmengine.hooks import EMAHook, Hook
 from mmengine.logging import HistoryBuffer, print_log
 from mmengine.model import PretrainedInit, is_model_wrapper, update_init_info
 from mmengine.runner import CheckpointLoader, Runner
@@ -101,21 +104,43 @@ def read_checkpoint(path: str | Path, map_location: str = 'cpu') -> dict:
         raise FileNotFoundError(f'{path}: there is no such checkpoint file')
     if Path(path).suffix == '.safetensors':
         return _read_safetensors(path, map_location)
+    _check_sums(path)
     try:
         with torch.serialization.safe_globals(_harmless_types()):
             content = torch.load(path, map_location=map_location, weights_only=True)
     except Exception as error:  # a damaged file makes torch raise almost anything
         if not _pickle_allowed.get():
+            trust = ', or, only if you trust it as a program, let it run its code with --allow-pickle'
             raise ValueError(
                 f'{path}: not a checkpoint that can be loaded safely, or a damaged one ({_gist(error)}); '
                 'expected a file of torch.save with tensors and plain values. Nothing in it was run. '
-                'Get it again, or, only if you trust it as a program, let it run its code with --allow-pickle.'
+                f'Get it again{trust if isinstance(error, pickle.UnpicklingError) else ""}.'
             ) from error
         content = _unpickle(path, map_location, _gist(error))
     weights = content.get('state_dict', content) if isinstance(content, Mapping) else content
     if not isinstance(weights, Mapping):
         raise ValueError(f'{path}: holds a {type(weights).__name__}; expected a state dict or a checkpoint')
+    meta = content.get('meta') or {}
+    if not (isinstance(meta, Mapping) and isinstance(meta.get(ORIGIN, {}), Mapping) and all(map(_is_str, weights))):
+        raise ValueError(f'{path}: its meta is no dict, or its keys are no strings; expected those of a checkpoint')
     return content
+
+
+def _is_str(key: object) -> bool:
+    return isinstance(key, str)
+
+
+def _check_sums(path: str | Path) -> None:
+    """Compares the checksums that torch.save writes into its zip files; torch.load does not look at them."""
+    try:
+        if not zipfile.is_zipfile(path):
+            return  # torch.load will say what it is: before torch 1.6 checkpoints were no zip files
+        with zipfile.ZipFile(path) as file:
+            damaged = file.testzip()
+    except Exception as error:
+        raise ValueError(f'{path}: a damaged checkpoint ({error}). Get it again.') from error
+    if damaged:
+        raise ValueError(f'{path}: a damaged checkpoint: the checksum of {damaged} is wrong. Get it again.')
 
 
 def _read_safetensors(path: str | Path, map_location: str) -> dict[str, Tensor]:
@@ -226,35 +251,76 @@ def _shape(value: object) -> tuple[int, ...]:
     return tuple(getattr(value, 'shape', ()))  # somebody's state dict may hold plain numbers
 
 
-def check_options(checkpoint: Mapping, model: nn.Module, source: str) -> None:
+def check_options(checkpoint: Mapping, module: nn.Module, source: str, part: str = '') -> None:
     """Checks that a model computes what a checkpoint is for: pools, for one, have no keys that could fail to fit.
 
     Args:
-        checkpoint: As read. A converted one carries the options that it needs; of the authors' own the name tells
-            them; any other asks for nothing.
-        model: A segmentation model, or a backbone alone.
+        checkpoint: As read. A converted one carries the options that it needs, and so does one of our own runs.
+        module: A segmentation model, or one part of it.
         source: The checkpoint's file or ``resnest://NAME``.
+        part: Which part the module is, as ``'backbone'``; empty: the whole.
 
     Raises:
         ValueError: Options differ, and the outputs would not be those of the weights' source; the message lists them.
     """
-    origin = (checkpoint.get('meta') or {}).get(ORIGIN) or _official_origin(source)
-    differing = differing_options(model, origin.get('options', {}))
+    origin = origin_of(checkpoint, source) if part != 'backbone' else backbone_origin(checkpoint, module, source)
+    differing = differing_options(module, origin.get('options', {}), part)
     if differing:
         needed = {key: origin['options'][key] for key in differing}
         listing = ''.join(f'\n  model.{key}: {needed[key]!r} needed, {differing[key]!r} found' for key in differing)
         raise ValueError(
-            f'{source} ({origin["source"]}) is for another model than this, whose outputs would be wrong:{listing}\n'
-            f'Change the config, or add:  {command_line(needed)}'
+            f'{source} ({origin.get("source")}) is for another model than this, whose outputs would be wrong:'
+            f'{listing}\nChange the config, or add:  {command_line(needed)}'
         )
 
 
-def _official_origin(source: str) -> dict:
-    """What a converted file would say of itself, for one of the authors' files, as its name tells."""
-    for name, sha256_prefix in OFFICIAL.items():
-        if source == f'{SCHEME}{name}' or Path(source).name == f'{name}-{sha256_prefix}.pth':
-            return dict(source='official', options=backbone_options(name, 'authors'))
+def origin_of(checkpoint: Mapping, source: str = '') -> Mapping:
+    """Returns what a checkpoint says of itself: its ``source`` and the ``options`` that it needs; empty: nothing."""
+    name = source.removeprefix(SCHEME)
+    if source.startswith(SCHEME) and name in OFFICIAL:
+        return dict(source='official', options=backbone_options(name, 'authors'))
+    return (checkpoint.get('meta') or {}).get(ORIGIN) or {}
+
+
+def backbone_origin(checkpoint: Mapping, backbone: nn.Module, source: str) -> Mapping:
+    """Returns a backbone's origin; where the file does not say it, by its hash, and else with a word in the log.
+
+    Raises:
+        ValueError: The file has the name of one of the authors' and is not that one.
+    """
+    origin = origin_of(checkpoint, source)
+    if origin or not Path(source).is_file():
+        return origin
+    found = official_name(Path(source))
+    if found:
+        return dict(source='official', options=backbone_options(found, 'authors'))
+    taken = {key: value for key, value in vars(backbone).items() if key in ('graph', 'avd_first')}
+    print_log(
+        f'{source} does not say whose weights it holds; they are taken for those of a backbone with {taken}. '
+        'tools/convert_checkpoint.py finds out, or asks, and notes it in the file',
+        'current',
+        WARNING,
+    )
     return {}
+
+
+def official_name(path: Path) -> str:
+    """Returns which of ``OFFICIAL`` a file is, by its SHA-256; empty: none.
+
+    Raises:
+        ValueError: It has the name of one and is not that one.
+    """
+    with path.open('rb') as file:
+        sha256 = hashlib.file_digest(file, 'sha256').hexdigest()
+    for name, prefix in OFFICIAL.items():
+        if sha256.startswith(prefix):
+            return name
+        if path.name == f'{name}-{prefix}.pth':
+            raise ValueError(
+                f'{path}: the file is damaged or another one: its SHA-256 begins with {sha256[:8]}, expected {prefix}. '
+                'Get it again, or, if it is meant to be another one, give it another name.'
+            )
+    return ''
 
 
 def load_pretrained(
@@ -297,7 +363,7 @@ def load_pretrained_backbone(
 ) -> None:
     """Loads pretrained weights into our backbone, as ``load_pretrained`` does, and checks the options they need."""
     content = load_pretrained(backbone, checkpoint, prefix, map_location)
-    check_options(content, backbone, checkpoint)
+    check_options(content, backbone, checkpoint, 'backbone')
 
 
 @contextlib.contextmanager
@@ -325,14 +391,27 @@ def guarded_loading(allow_pickle: bool = False) -> Iterator[None]:
 
 
 def _read_url(url: str, model_dir: str | None = None, map_location: str = 'cpu', progress: bool = True) -> dict:
+    """Downloads and reads; the hash in OpenMMLab's and torch's names, as ``name-1a2b3c4d.pth``, is verified."""
     folder = Path(model_dir or Path(torch.hub.get_dir()) / 'checkpoints')
-    return read_checkpoint(download(url, folder / Path(urllib.parse.urlparse(url).path).name), map_location)
+    name = Path(urllib.parse.urlparse(url).path).name
+    if not name:
+        raise ValueError(f'{url}: names no file; expected an address that ends with the name of a checkpoint')
+    sha256 = re.search(r'[-_]([0-9a-f]{8,64})\.\w+$', name)
+    if sha256:
+        return read_checkpoint(download(url, folder / name, sha256[1]), map_location)
+    # Without a hash two runs' iter_80000.pth would be one file in the cache.
+    path = download(url, folder / f'{hashlib.sha256(url.encode()).hexdigest()[:8]}_{name}')
+    try:
+        return read_checkpoint(path, map_location)
+    except ValueError:
+        path.unlink()  # nothing else tells whether it is what was meant
+        raise
 
 
 def _initialise_strictly(self: PretrainedInit, module: nn.Module) -> None:
     content = load_pretrained(module, self.checkpoint, self.prefix, self.map_location)
-    if hasattr(module, 'decode_head') and not self.prefix:
-        check_options(content, module, self.checkpoint)
+    if self.prefix or hasattr(module, 'decode_head'):
+        check_options(content, module, self.checkpoint, (self.prefix or '').rstrip('.'))
     if hasattr(module, '_params_init_info'):
         update_init_info(module, init_info=self._get_init_info())
 
@@ -358,6 +437,7 @@ class StrictLoading(Hook):
         model = runner.model.module if is_model_wrapper(runner.model) else runner.model
         if self.resume:
             _check_resumable(checkpoint, self.source)
+            _hold_averages_strictly(runner, checkpoint, self.source)
         weights = checkpoint.get('state_dict', checkpoint)
         _check_has_heads(weights, model, self.source)
         print_log(f'Starting from {self.source}{_drop_classifier(weights, model)}', 'current')
@@ -382,6 +462,18 @@ def _check_resumable(checkpoint: Mapping, source: str) -> None:
         raise ValueError(f'{source}: no checkpoint of a training run: it has no {", no ".join(sorted(missing))}')
     if 'config' in checkpoint['meta']:  # never written by MMEngine, and run by it as Python
         raise ValueError(f'{source}: its meta.config is code, which MMEngine would run; no training run writes it')
+
+
+def _hold_averages_strictly(runner: Runner, checkpoint: Mapping, source: str) -> None:
+    """Lets EMAHook, which loads after this, refuse averages that do not fit; without any it would start anew."""
+    for hook in runner.hooks:
+        if isinstance(hook, EMAHook):
+            hook.strict_load = True
+            if 'ema_state_dict' not in checkpoint:
+                raise ValueError(
+                    f'{source}: has no averaged weights (ema_state_dict), which EMAHook goes on from; expected a '
+                    'checkpoint of a run with EMAHook. Take it out of custom_hooks, or start with load_from'
+                )
 
 
 def _check_has_heads(weights: Mapping, model: nn.Module, source: str) -> None:

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import difflib
 import inspect
+import re
 import sys
 import traceback
 from collections.abc import Callable
@@ -87,7 +88,7 @@ def _import_quietly() -> None:
 def _message(error: Exception) -> str:
     text = str(error).strip()
     if 'Original Traceback' in text:  # from a worker of a data loader: its last line is the message
-        return text.splitlines()[-1]
+        return re.sub('^(ValueError|FileNotFoundError): ', '', text.splitlines()[-1])
     name = '' if isinstance(error, UsageError | ValueError | FileNotFoundError) else f'{type(error).__name__}: '
     return name + (text or type(error).__name__)
 
@@ -150,6 +151,26 @@ def _override(cfg: Config, overrides: dict) -> None:
             cfg.merge_from_dict({key: value})
         except (KeyError, TypeError) as error:
             raise UsageError(f'--cfg-options {key}: the config has no such place, or not of that kind') from error
+
+
+# Those that MMEngine adds to a config, and leaves out where they are None.
+_MMENGINE_HOOKS = ('runtime_info', 'timer', 'sampler_seed', 'logger', 'param_scheduler', 'checkpoint')
+
+
+def build_runner(cfg: Config) -> Runner:
+    """Returns the Runner of a config; it checks its samples, whether or not the config has a SampleCheckHook.
+
+    A default hook that is None is left out, whoever's it is; MMEngine does so with its own only.
+    """
+    from mmseg_resnest.hooks import SampleCheckHook  # here: it imports mmsegmentation
+
+    for name, hook in list((cfg.get('default_hooks') or {}).items()):
+        if hook is None and name not in _MMENGINE_HOOKS:
+            del cfg.default_hooks[name]
+    runner = Runner.from_cfg(cfg)
+    if not any(isinstance(hook, SampleCheckHook) for hook in runner.hooks):
+        runner.register_hook(SampleCheckHook())
+    return runner
 
 
 def existing_file(path: str | Path, what: str, origin: str) -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from mmseg_resnest.checkpoints import OFFICIAL
+from mmseg_resnest.checkpoints import official_name
 from mmseg_resnest.variants import VARIANTS, backbone_options
 
 PARAMETERS = ('weight', 'bias', 'running_mean', 'running_var', 'num_batches_tracked')
@@ -227,18 +227,11 @@ def clue_of_hash(path: Path) -> Clue | None:
     Raises:
         ValueError: It has the name of one of the authors' backbones and is not that file.
     """
+    official = official_name(path)
+    if official:
+        return Clue('official', official, f"its SHA-256: the authors' {official}")
     with path.open('rb') as file:
-        sha256 = hashlib.file_digest(file, 'sha256').hexdigest()
-        file.seek(0)
         sha1 = hashlib.file_digest(file, 'sha1').hexdigest()
-    for name, prefix in OFFICIAL.items():
-        if sha256.startswith(prefix):
-            return Clue('official', name, f"its SHA-256: the authors' {name}")
-        if path.name == f'{name}-{prefix}.pth':
-            raise ValueError(
-                f'{path}: the file is damaged or another one: its SHA-256 begins with {sha256[:8]}, expected {prefix}. '
-                'Get it again, or, if it is meant to be another one, give it another name.'
-            )
     for name, prefix in ENCODING.items():
         if sha1.startswith(prefix):
             model, variant, _ = name.split('_')

@@ -19,45 +19,41 @@ _SHOWN: dict[str, Callable[[nn.Module], object]] = {
 
 # What a trained model's checkpoint says of it. Not its dilations: to go on at another output stride is common practice.
 _OWN = {
-    'backbone': ('depth', 'radix', 'groups', 'base_width', 'avd_first', 'graph'),
+    'data_preprocessor': ('mean', 'std', 'bgr_to_rgb'),
+    'backbone': ('depth', 'radix', 'groups', 'base_width', 'avd_first', 'graph', 'norm_cfg.eps'),
     'decode_head': ('align_corners', 'pool_scales'),
 }
 
 
 def built_options(model: nn.Module) -> dict[str, object]:
     """Returns the options that a segmentation model was built with, as ``differing_options`` compares them."""
-    return {
-        f'{part}.{name}': getattr(getattr(model, part), name)
-        for part, names in _OWN.items()
-        for name in names
-        if hasattr(getattr(model, part, None), name)
+    options = {
+        f'{part}.{name}': _as_built(getattr(model, part, None), name) for part, names in _OWN.items() for name in names
     }
+    return {key: value for key, value in options.items() if value is not None}
 
 
-def differing_options(model: nn.Module, needed: Mapping[str, object]) -> dict[str, object]:
+def differing_options(module: nn.Module, needed: Mapping[str, object], part: str = '') -> dict[str, object]:
     """Returns what a model was built with where that is not what is needed.
 
     Args:
-        model: A segmentation model, or a backbone alone: then only the backbone's options count, without its output
-            stride, which a pretrained backbone may change.
+        module: A segmentation model, or one part of it.
         needed: Options of ``model`` in the config, as ``{'backbone.graph': 'authors', 'decode_head.dilations': ...}``.
-            Those of parts that the model lacks do not count: keys tell which parts there are.
+            Those of parts that there are not do not count: keys tell which parts there are.
+        part: Which part the module is, as ``'backbone'``; empty: the whole. The output stride of a backbone alone does
+            not count: a pretrained one may change it.
     """
-    alone = not hasattr(model, 'backbone')
-    backbone = model if alone else model.backbone
     needed = dict(needed)
-    if alone:
+    if part:
         needed.pop('backbone.output_stride', None)
-    if getattr(backbone, 'output_stride', None) == 32:  # there the graphs are one
-        needed.pop('backbone.graph', None)
     differing = {}
     for key, value in needed.items():
-        part_name, name = key.split('.', 1)
-        part = backbone if part_name == 'backbone' else getattr(model, part_name, None)
-        if part is None:
+        owner, name = key.split('.', 1)
+        built = module if part == owner else None if part else getattr(module, owner, None)
+        if built is None or (name == 'graph' and getattr(built, 'output_stride', None) == 32):  # there they are one
             continue
-        found = _as_built(part, name)
-        if not (_is_a(part, value) if name == 'type' else _same(found, value)):
+        found = _as_built(built, name)
+        if not (_is_a(built, value) if name == 'type' else _same(found, value)):
             differing[key] = found
     return differing
 

@@ -206,6 +206,7 @@ Original Traceback (most recent call last):
   File "dataset.py", line 1, in <module>
 ZeroDivisionError: division by zero
 """
+WORKER_VALUE = WORKER.replace('ZeroDivisionError: division by zero', 'ValueError: bad sample: image a.jpg: b')
 
 
 @pytest.mark.parametrize(
@@ -217,6 +218,7 @@ ZeroDivisionError: division by zero
         (KeyError('model'), 1, f"tool.py: error: KeyError: 'model'\n{HINT}"),
         (RuntimeError('two\nlines\n'), 1, f'tool.py: error: RuntimeError: two\nlines\n{HINT}'),
         (AssertionError(), 1, f'tool.py: error: AssertionError: AssertionError\n{HINT}'),
+        (ValueError(WORKER_VALUE), 1, f'tool.py: error: bad sample: image a.jpg: b\n{HINT}'),
         (ZeroDivisionError(WORKER), 1, f'tool.py: error: ZeroDivisionError: division by zero\n{HINT}'),
     ],
 )

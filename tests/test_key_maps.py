@@ -14,6 +14,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from mmengine import Config, DictAction
+from mmengine.logging import MMLogger
 from mmengine.registry import DefaultScope
 from mmseg.registry import DATASETS, MODELS
 from torch import nn
@@ -614,18 +615,26 @@ def test_another_head_is_another_type():
 
 def test_a_backbone_alone_needs_only_its_own_options():
     with torch.device('meta'):
-        check_options(content_for('mmseg-fcn'), ResNeSt(14, output_stride=16, graph='mmseg'), 'x.pth')
-        check_options(content_for('timm'), ResNeSt(14, graph='mmseg'), 'x.pth')  # at 32 the graphs are one
+        check_options(content_for('mmseg-fcn'), ResNeSt(14, output_stride=16, graph='mmseg'), 'x.pth', 'backbone')
+        check_options(content_for('timm'), ResNeSt(14, graph='mmseg'), 'x.pth', 'backbone')  # at 32 the graphs are one
         with pytest.raises(ValueError, match=r"backbone.graph: 'timm' needed, 'mmseg' found\n.*graph=timm$"):
-            check_options(content_for('timm'), ResNeSt(14, output_stride=8, graph='mmseg'), 'x.pth')
+            check_options(content_for('timm'), ResNeSt(14, output_stride=8, graph='mmseg'), 'x.pth', 'backbone')
 
 
-@pytest.mark.parametrize('spelling', ['resnest://{}', '/somewhere/{}-{}.pth'])
-def test_the_authors_own_names_tell_what_they_need(spelling):
+def test_a_head_alone_needs_its_own_options():
+    content = content_for('mmseg-pspnet')
+    head = build('mmseg-pspnet').decode_head
+    check_options(content, head, 'x.pth', 'decode_head')
+    head.pool_scales = (1, 2, 3, 4)
+    with pytest.raises(ValueError, match=r'decode_head.pool_scales: \(1, 2, 3, 6\) needed, \(1, 2, 3, 4\) found'):
+        check_options(content, head, 'x.pth', 'decode_head')
+
+
+def test_the_authors_own_names_tell_what_they_need():
     def check(name, **options):
         with torch.device('meta'):
             backbone = ResNeSt(50, **options)
-        check_options({}, backbone, spelling.format(name, OFFICIAL[name]))
+        check_options({}, backbone, f'resnest://{name}', 'backbone')
 
     check('resnest50')
     check('resnest50', graph='timm')
@@ -638,12 +647,23 @@ def test_the_authors_own_names_tell_what_they_need(spelling):
         check('resnest50', graph='timm', output_stride=8)
 
 
-def test_other_files_ask_for_nothing():
-    with torch.device('meta'):
-        backbone = ResNeSt(50, avd_first=True, graph='timm', output_stride=8)
-    for name in ('resnest50.pth', 'resnest50-12345678.pth', 'https://example.org/resnest50'):
-        for content in ({}, dict(meta={}), dict(meta=None), dict(meta=dict(epoch=3))):
-            check_options(content, backbone, name)
+def test_a_backbones_file_is_told_by_its_hash_whatever_its_name(tmp_path, monkeypatch):
+    torch.save(ResNeSt(14).state_dict(), tmp_path / 'mine.pth')
+    prefix = hashlib.sha256((tmp_path / 'mine.pth').read_bytes()).hexdigest()[:8]
+    monkeypatch.setitem(OFFICIAL, 'resnest14', prefix)
+    with pytest.raises(ValueError, match=r'mine.pth \(official\) .*\n.*avd_first: False needed, True found'):
+        load_pretrained_backbone(ResNeSt(14, avd_first=True), str(tmp_path / 'mine.pth'))
+    torch.save(ResNeSt(14).state_dict() | {'layer1.0.bn1.bias': torch.ones(64)}, tmp_path / f'resnest14-{prefix}.pth')
+    with pytest.raises(ValueError, match=r'SHA-256 begins with .* Get it again'):
+        load_pretrained_backbone(ResNeSt(14), str(tmp_path / f'resnest14-{prefix}.pth'))
+
+
+def test_a_backbones_file_that_nothing_tells_is_said(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(MMLogger.get_current_instance(), 'handlers', [caplog.handler])
+    torch.save(ResNeSt(14).state_dict(), tmp_path / 'mine.pth')
+    load_pretrained_backbone(ResNeSt(14, graph='timm'), str(tmp_path / 'mine.pth'))
+    assert 'mine.pth does not say whose weights it holds' in caplog.text
+    assert "'graph': 'timm'" in caplog.text
 
 
 def test_init_cfg_compares_the_options_of_an_official_file(tmp_path, monkeypatch):

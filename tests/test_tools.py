@@ -182,6 +182,29 @@ def test_resume_with_nothing_there_starts_anew(trained, tmp_path):
     assert weights(tmp_path / 'w' / 'iter_1.pth')['backbone.bn1.num_batches_tracked'] == 1
 
 
+@pytest.mark.slow
+def test_fine_tuning_that_resumes_where_it_can(trained, tmp_path):
+    command = ['--work-dir', tmp_path / 'w', '--fine-tune', trained / 'w' / 'iter_2.pth', '--resume']
+    out = succeed('train', CAMVID, *command, *WITHOUT_VALIDATION, 'train_cfg.max_iters=1', cwd=trained)
+    assert 'decode_head.conv_seg starts fresh' in out
+    out = succeed('train', CAMVID, *command, *WITHOUT_VALIDATION, 'train_cfg.max_iters=2', cwd=trained)
+    assert 'resumed epoch: 0, iter: 1' in out
+    assert 'starts fresh' not in out
+
+
+def test_a_config_that_resumes_does_not_change_what_is_tested(trained, tmp_path):
+    shutil.copytree(trained / 'w', tmp_path / 'w')
+    content = torch.load(trained / 'w' / 'iter_2.pth', weights_only=False)
+    torch.save(content, tmp_path / 'other.pth')
+    content['state_dict'] = {'nothing': torch.zeros(1)}
+    torch.save(content, tmp_path / 'w' / 'iter_2.pth')  # what MMEngine would load, not strictly, in its place
+    options = [*COMMON, 'resume=True']
+    out = succeed('test', CAMVID, tmp_path / 'other.pth', '--work-dir', tmp_path / 'w', *options, cwd=trained)
+    assert 'esumed' not in out
+    assert 'size mismatch' not in out
+    assert 'unexpected key' not in out
+
+
 @pytest.mark.parametrize('start', ['--resume', '--fine-tune'])
 def test_going_on_with_another_graph_is_refused(trained, tmp_path, start):
     options = [*WITHOUT_VALIDATION, 'model.backbone.graph=mmseg', 'train_cfg.max_iters=3']
@@ -342,8 +365,8 @@ BAD_INPUT = {
     'to fine-tune and to resume': (
         2,
         'train',
-        [CAMVID, '--fine-tune', 'w/iter_2.pth', '--resume', *COMMON],
-        '--fine-tune starts a run and --resume goes on with one; give one of them',
+        [CAMVID, '--fine-tune', 'w/iter_2.pth', '--resume', 'w/iter_2.pth', *COMMON],
+        '--fine-tune starts a run and --resume PATH goes on with one; give one of them',
     ),
     'no checkpoint to fine-tune': (
         2,

@@ -23,7 +23,7 @@ from mmengine.registry import DefaultScope
 from torch import Tensor
 
 from mmseg_resnest import cli
-from mmseg_resnest.checkpoints import ORIGIN, check_fit, check_options, model_weights, read_checkpoint
+from mmseg_resnest.checkpoints import ORIGIN, check_fit, check_options, model_weights, origin_of, read_checkpoint
 from mmseg_resnest.key_maps import (
     SOURCES,
     Clue,
@@ -126,6 +126,8 @@ def check_output(args: argparse.Namespace) -> Path:
     path = Path(args.output)
     if path.is_dir():
         raise cli.UsageError(f'{path}: a folder; name a file in it')
+    if path.suffix == '.safetensors':
+        raise cli.UsageError(f'{path}: what is written is a file of torch.save; name it {path.stem}.pth')
     if path.exists() and path.samefile(args.input):
         raise cli.UsageError(f'{path}: the input itself; name another file')
     if path.exists() and not args.force:
@@ -158,7 +160,7 @@ def fitting_config(options: Mapping[str, object], weights: Mapping[str, Tensor],
         if whole:
             model.data_preprocessor = MODELS.build(config.model.data_preprocessor)  # its values are compared
     check_fit(model, weights, name)
-    check_options(dict(meta=meta), model, name)
+    check_options(dict(meta=meta), model, name, '' if whole else 'backbone')
     return config
 
 
@@ -179,6 +181,9 @@ def convert_file(args: argparse.Namespace) -> None:
     path = Path(cli.existing_file(args.input, 'checkpoint', 'name the file to convert'))
     output = check_output(args)
     content = read_checkpoint(path)
+    origin = origin_of(content)
+    if origin:
+        raise cli.UsageError(f'{path}: has our names already, from {origin.get("source")}; it needs no conversion')
     weights = model_weights(content)
     if all(key.startswith('module.') for key in weights):  # saved from a distributed wrapper
         weights = {key.removeprefix('module.'): value for key, value in weights.items()}

@@ -76,9 +76,9 @@ def test(args: argparse.Namespace) -> None:
     if not args.skip_data_check:
         check_before_run(cfg, ['test_dataloader'])
     configure(cfg, args)
-    cfg.load_from = None
+    cfg.load_from, cfg.resume = None, False  # the Runner would load over the named checkpoint
     launch.set_launcher(cfg)
-    runner = Runner.from_cfg(cfg)
+    runner = cli.build_runner(cfg)
     model = runner.model.module if is_model_wrapper(runner.model) else runner.model
     model = model.module if args.tta else model
     checkpoint = read_checkpoint(args.checkpoint)

@@ -11,7 +11,7 @@ The launcher is detected; a GPU is used where there is one.
 import argparse
 
 from mmengine.config import Config
-from mmengine.runner import Runner, find_latest_checkpoint
+from mmengine.runner import find_latest_checkpoint
 
 from mmseg_resnest import cli, launch
 from mmseg_resnest.checkpoints import StrictLoading
@@ -34,7 +34,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         '--fine-tune',
         metavar='PATH',
-        help='start from a segmentor trained for other classes: all must fit but the classifiers, which start fresh',
+        help='start from a segmentor trained for other classes: all must fit but the classifiers, which start fresh; '
+        'with --resume only where there is nothing yet to go on from',
     )
     cli.add_allow_pickle(parser)
     add_skip_option(parser)
@@ -54,17 +55,16 @@ def set_amp(cfg: Config, amp: str) -> None:
 
 def set_start(cfg: Config, args: argparse.Namespace) -> None:
     """Sets what the run starts from: the command line's checkpoint, else the config's, or none."""
-    if args.fine_tune and args.resume:
-        raise cli.UsageError('--fine-tune starts a run and --resume goes on with one; give one of them')
+    if args.fine_tune and isinstance(args.resume, str):
+        raise cli.UsageError('--fine-tune starts a run and --resume PATH goes on with one; give one of them')
     # As MMEngine has it, resume=True in a config goes on from load_from, if that is set.
     resume = args.resume or (cfg.get('resume') and (cfg.get('load_from') or True))
-    cfg.resume = False
-    if args.fine_tune:
+    newest = find_latest_checkpoint(cfg.work_dir) if resume is True else resume
+    cfg.resume = bool(resume and newest)
+    if cfg.resume:
+        cfg.load_from = cli.existing_checkpoint(newest)
+    elif args.fine_tune:
         cfg.load_from = cli.existing_checkpoint(args.fine_tune)
-    elif resume:
-        newest = find_latest_checkpoint(cfg.work_dir) if resume is True else resume
-        if newest:
-            cfg.load_from, cfg.resume = cli.existing_checkpoint(newest), True
 
 
 def train(args: argparse.Namespace) -> None:
@@ -81,8 +81,9 @@ def train(args: argparse.Namespace) -> None:
     if args.seed is not None:
         cfg.randomness = dict(cfg.get('randomness') or {}, seed=args.seed)
     launch.set_launcher(cfg)
-    runner = Runner.from_cfg(cfg)
-    runner.register_hook(StrictLoading(cfg.get('load_from'), cfg.resume, bool(args.fine_tune)))
+    runner = cli.build_runner(cfg)
+    fine_tune = bool(args.fine_tune) and not cfg.resume
+    runner.register_hook(StrictLoading(cfg.get('load_from'), cfg.resume, fine_tune))
     runner.train()
     if runner.rank == 0:
         print(f'Trained {runner.iter} iterations; checkpoints and the log are in {runner.work_dir}')
