@@ -1,24 +1,51 @@
 """Evaluation metrics."""
 
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
+import cv2
+import torch
+from mmengine.dist import all_reduce, get_rank, get_world_size
 from mmseg.evaluation import IoUMetric as _IoUMetric
 from numpy import ndarray
+from torch import Tensor
 
 from mmseg_resnest.registry import METRICS
 from mmseg_resnest.transforms import expected_labels, listing, out_of_range
 
+# A GPU is asked so seldom, in images, whether their values were right: each time it must have done all its work.
+CHECKED_TOGETHER = 8
+
 
 @METRICS.register_module()
 class IoUMetric(_IoUMetric):
-    """mmsegmentation's IoUMetric, which refuses what it cannot count, and keeps each class's figures.
+    """mmsegmentation's IoUMetric over one confusion matrix of whole numbers, which refuses what it cannot count.
+
+    Every image counts once: of several processes each reports its matrix, less the image that MMEngine's
+    DefaultSampler repeats where the images do not come out even. mmsegmentation adds up float32, which loses counts
+    above 2**24, and leaves labels out of range away.
 
     Attributes:
+        confusion: (classes, classes) int64, the pixels of each label (row) and prediction (column) that are not
+            ignored, of the last evaluation.
         per_class: class name -> metric (``'IoU'``, ``'Acc'``) -> its value in percent; nan for a class that occurs
             neither in the labels nor in the predictions.
     """
 
+    confusion: Tensor
     per_class: dict[str, dict[str, float]]
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._reset()
+
+    def _reset(self) -> None:
+        self._images = 0
+        self._sum: Tensor | None = None
+        self._last: Tensor | None = None  # the last image's part of the sum
+        self._unchecked: list[tuple[dict, Tensor]] = []
 
     def process(self, data_batch: dict, data_samples: Sequence[dict]) -> None:
         """Counts a batch.
@@ -33,10 +60,40 @@ class IoUMetric(_IoUMetric):
                 'val_dataloader.dataset, and in test_dataloader.dataset'
             )
         for sample in data_samples:
-            self._check(sample)
-        super().process(data_batch, data_samples)
+            if self.format_only:
+                self._check(sample)
+            else:
+                self._count(sample)
+            if self.output_dir is not None:
+                self._write(sample)
 
-    def _check(self, sample: dict) -> None:
+    def _count(self, sample: dict) -> None:
+        classes = len(self.dataset_meta['classes'])
+        prediction, label = (sample[key]['data'].squeeze() for key in ('pred_sem_seg', 'gt_sem_seg'))
+        label = label.to(prediction.device)
+        if label.shape != prediction.shape:
+            self._check(sample)
+        table = joint_counts(label, prediction, max(256, classes, self.ignore_index + 1) + 1)
+        if 0 <= self.ignore_index < len(table):
+            table[self.ignore_index, :classes] = 0
+        self._last = table[:classes, :classes].clone()
+        self._sum = self._last.clone() if self._sum is None else self._sum.add_(self._last.to(self._sum.device))
+        self._images += 1
+        kept = {key: sample[key] for key in ('img_path', 'seg_map_path', 'pred_sem_seg', 'gt_sem_seg') if key in sample}
+        self._unchecked.append((kept, table.sum() - self._last.sum()))
+        if not table.is_cuda or len(self._unchecked) == CHECKED_TOGETHER:
+            self._check_all()
+
+    def _check_all(self) -> None:
+        """Looks at the pixels that were counted outside the matrix."""
+        unchecked, self._unchecked = self._unchecked, []
+        if not unchecked:
+            return
+        for (sample, _), outside in zip(unchecked, torch.stack([count for _, count in unchecked]).tolist(), strict=True):
+            if outside:
+                self._check(sample)
+
+    def _check(self, sample: Mapping) -> None:
         """Refuses what mmsegmentation leaves out of the histograms without a word, and counts wrongly."""
         classes = len(self.dataset_meta['classes'])
         image = sample.get('img_path', 'an image without a path')
@@ -48,7 +105,7 @@ class IoUMetric(_IoUMetric):
             )
         if self.format_only:
             return
-        label = sample['gt_sem_seg']['data'].squeeze().to(prediction)
+        label = sample['gt_sem_seg']['data'].squeeze()
         name = sample.get('seg_map_path', f'the label of {image}')
         if label.shape != prediction.shape:
             raise ValueError(
@@ -62,11 +119,56 @@ class IoUMetric(_IoUMetric):
                 'reduce_zero_label'
             )
 
+    def _write(self, sample: Mapping) -> None:
+        """Writes the prediction to ``output_dir`` as PNG, with the data set's own numbers."""
+        path = Path(self.output_dir, os.path.splitext(os.path.basename(sample['img_path']))[0] + '.png')
+        labels = sample['pred_sem_seg']['data'].squeeze().byte().cpu().numpy()
+        # where 0 is what is ignored, the data set's first class is 1
+        if not cv2.imwrite(str(path), labels + bool(sample.get('reduce_zero_label', False))):
+            raise OSError(f'{path}: cannot be written; expected a folder with space left')
+
+    def evaluate(self, size: int) -> dict[str, float]:
+        """Sums the matrices of all processes and returns the figures.
+
+        Args:
+            size: The number of images in the data set.
+
+        Raises:
+            ValueError: Another number of images was counted, or one of the last had values that are no class.
+        """
+        self._check_all()
+        metrics = {}
+        if not self.format_only:
+            self.confusion = self._total(size)
+            both, labels, predictions = self.confusion.diagonal(), self.confusion.sum(1), self.confusion.sum(0)
+            areas = (both, labels + predictions - both, predictions, labels)
+            metrics = self.compute_metrics([tuple(area.double() for area in areas)])
+        self._reset()
+        return {f'{self.prefix}/{name}' if self.prefix else name: value for name, value in metrics.items()}
+
+    def _total(self, size: int) -> Tensor:
+        """Returns the matrix of the whole data set, each image counted once."""
+        classes = len(self.dataset_meta['classes'])
+        own = torch.zeros(classes, classes, dtype=torch.int64) if self._sum is None else self._sum.clone()
+        images = torch.tensor(self._images)
+        all_reduce(images)
+        # DefaultSampler fills the last round, one image a process, from the start again.
+        surplus = int(images) - size
+        if not 0 <= surplus < max(get_world_size(), 1):
+            raise ValueError(
+                f'{type(self).__name__}: {int(images)} images were evaluated; expected the {size} of the data set. '
+                'Let the sampler give each once: DefaultSampler(shuffle=False), or mmseg_resnest.EqualSizeBatchSampler'
+            )
+        if get_rank() >= get_world_size() - surplus:
+            own -= self._last
+        all_reduce(own)
+        return own.cpu()
+
     def compute_metrics(self, results: list) -> dict[str, float]:
         """Returns mIoU, mAcc and aAcc in percent, as plain numbers: MMEngine stores the best one in checkpoints."""
         return {name: round(float(value), 2) for name, value in super().compute_metrics(results).items()}
 
-    def total_area_to_metrics(self, *args, **kwargs) -> dict[str, ndarray]:
+    def total_area_to_metrics(self, *args: Any, **kwargs: Any) -> dict[str, ndarray]:
         """Returns each metric's values, one a class, as fractions (``aAcc``: one value in all)."""
         metrics = super().total_area_to_metrics(*args, **kwargs)
         self.per_class = {
@@ -74,3 +176,27 @@ class IoUMetric(_IoUMetric):
             for i, name in enumerate(self.dataset_meta['classes'])
         }
         return metrics
+
+
+def joint_counts(label: Tensor, prediction: Tensor, side: int) -> Tensor:
+    """Counts the pixels of each pair of values: ``counts[i, j]`` have label i and prediction j.
+
+    Args:
+        label: (H, W), whole numbers of any dtype.
+        prediction: (H, W), likewise.
+        side: What lies outside of [0, side - 1) counts as ``side - 1``; more than 256.
+
+    Returns:
+        (side, side) int64.
+    """
+    pairs = (_bounded(label, side) * side).add_(_bounded(prediction, side)).flatten()
+    if not pairs.is_cuda:
+        return torch.bincount(pairs, minlength=side * side).view(side, side)
+    counts = torch.zeros(side * side, dtype=torch.int64, device=pairs.device)  # bincount would wait for the GPU
+    return counts.scatter_add_(0, pairs.long(), torch.ones_like(counts[:1]).expand(len(pairs))).view(side, side)
+
+
+def _bounded(values: Tensor, side: int) -> Tensor:
+    if values.dtype == torch.uint8:
+        return values.int()
+    return values.int().where((values >= 0) & (values < side), side - 1)
