@@ -89,7 +89,9 @@ class IoUMetric(_IoUMetric):
         unchecked, self._unchecked = self._unchecked, []
         if not unchecked:
             return
-        for (sample, _), outside in zip(unchecked, torch.stack([count for _, count in unchecked]).tolist(), strict=True):
+        for (sample, _), outside in zip(
+            unchecked, torch.stack([count for _, count in unchecked]).tolist(), strict=True
+        ):
             if outside:
                 self._check(sample)
 
