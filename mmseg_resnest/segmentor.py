@@ -1,13 +1,17 @@
 """The segmentation model that finishes the logits of any mmsegmentation head, in one place."""
 
+from collections.abc import Callable
+
 import torch
 from mmengine.logging import print_log
 from mmseg.models.decode_heads.decode_head import BaseDecodeHead
 from mmseg.models.losses import CrossEntropyLoss
 from mmseg.models.segmentors import EncoderDecoder as _EncoderDecoder
-from mmseg.utils import SampleList, add_prefix
+from mmseg.structures import SegDataSample
+from mmseg.utils import OptSampleList, SampleList, add_prefix
 from torch import Tensor, nn
 
+from mmseg_resnest.inference import finish, placement_of, slide
 from mmseg_resnest.ops import upsample_cross_entropy
 from mmseg_resnest.registry import MODELS
 
@@ -48,6 +52,57 @@ class EncoderDecoder(_EncoderDecoder):
                 head_losses = fused_loss(head, head(features), head._stack_batch_gt(data_samples).squeeze(1))
             losses |= add_prefix(head_losses, name)
         return losses
+
+    # What maps images (N, 3, H, W) to low-resolution logits in prediction, if not the model as it is: see network.py.
+    network: Callable[[Tensor], Tensor] | None = None
+
+    def predict(self, inputs: Tensor, data_samples: OptSampleList = None) -> SampleList:
+        """Adds the label map of each image, as mmsegmentation's EncoderDecoder does, from low-resolution logits.
+
+        ``seg_logits`` are computed when they are first read. ``test_cfg.upsample_argmax`` chooses an implementation;
+        ``'exact'`` gives mmsegmentation's label map to the last pixel. A head with a ``predict`` of its own takes
+        mmsegmentation's path.
+
+        Args:
+            inputs: (N, 3, H, W), normalised.
+            data_samples: Those of the images; None: images are as large as their files, and samples are made.
+
+        Returns:
+            The samples with ``pred_sem_seg`` (1, H, W), uint8 for up to 256 classes, and ``seg_logits`` (C, H, W).
+        """
+        if not has_plain_predict(self.decode_head):
+            return super().predict(inputs, data_samples)
+        samples = [SegDataSample() for _ in inputs] if data_samples is None else data_samples
+        if self.test_cfg.get('mode', 'whole') == 'slide':
+            via = inputs.shape[2:]
+            logits = self.slide_inference(inputs, [sample.metainfo for sample in samples])
+        else:
+            first = samples[0].metainfo
+            via = first.get('pad_shape') or first.get('img_shape') or inputs.shape[2:]
+            logits = self.low_resolution_logits(inputs)
+        placements = [placement_of(sample, tuple(via[:2]), self.align_corners) for sample in samples]
+        threshold = self.decode_head.threshold if self.out_channels == 1 else None
+        finish(logits, samples, placements, threshold, self.test_cfg.get('upsample_argmax'))
+        return samples
+
+    def low_resolution_logits(self, inputs: Tensor) -> Tensor:
+        """Maps images (N, 3, H, W) to the decode head's logits (N, C, h, w)."""
+        return self._forward(inputs) if self.network is None else self.network(inputs)
+
+    def slide_inference(self, inputs: Tensor, batch_img_metas: list[dict]) -> Tensor:
+        """Returns the logits (N, C, H, W) of images, averaged over windows that the network gets in batches."""
+        if not has_plain_predict(self.decode_head):
+            return super().slide_inference(inputs, batch_img_metas)
+        crop_size, stride = self.test_cfg.crop_size, self.test_cfg.stride
+        return slide(
+            self.low_resolution_logits, inputs, crop_size, stride, self.out_channels, align_corners=self.align_corners
+        )
+
+
+def has_plain_predict(head: nn.Module) -> bool:
+    """Whether a head's prediction is its upsampled output, as BaseDecodeHead has it."""
+    methods = ('predict', 'predict_by_feat')
+    return all(getattr(type(head), name, None) is getattr(BaseDecodeHead, name) for name in methods)
 
 
 def why_not_fused(head: nn.Module) -> str:

@@ -1,16 +1,85 @@
-"""The authors' multi-scale evaluation (zhanghang1989/PyTorch-Encoding), beside OpenMMLab's test-time augmentation."""
+"""Test-time augmentation: OpenMMLab's, and the authors' multi-scale evaluation (zhanghang1989/PyTorch-Encoding)."""
 
 import math
 from collections.abc import Sequence
+from itertools import groupby
 
 import torch
-from mmengine.model import BaseModel
+from mmengine.model import BaseModel, BaseTTAModel
 from mmengine.structures import PixelData
 from mmseg.structures import SegDataSample
 from torch import Tensor, nn
 from torch.nn import functional
 
+from mmseg_resnest.ops import Placement, upsample_argmax
 from mmseg_resnest.registry import MODELS
+
+
+@MODELS.register_module()
+class TTAModel(BaseTTAModel):
+    """mmsegmentation's SegTTAModel: the mean of the softmax over an image's augmentations, and its highest class.
+
+    It keeps that one sum, where SegTTAModel keeps the logits of all augmentations; those of one size, mirrored or not,
+    run through the network together. For one channel the mean is of the probabilities: SegTTAModel takes the sigmoid
+    of what is a probability already, which is above 0.5 everywhere.
+
+    Args:
+        module: The segmentor, or its config.
+        data_preprocessor: Of the segmentor, if its config has none.
+    """
+
+    def merge_preds(self, data_samples_list: list[Sequence[SegDataSample]]) -> list[SegDataSample]:
+        """Merges the samples of each image, one an augmentation; ``test_step`` does without it."""
+        return [self._merged(samples, sum(map(self._scores, samples)) / len(samples)) for samples in data_samples_list]
+
+    @torch.no_grad()
+    def test_step(self, data: dict) -> list[SegDataSample]:
+        """Predicts a batch.
+
+        Args:
+            data: ``inputs`` and ``data_samples``, each a list of the augmentations' lists of the images'.
+
+        Returns:
+            A sample an image, with ``pred_sem_seg`` (1, H, W), the mean (C, H, W) as ``seg_logits``, and the label map
+            of the first augmentation's sample.
+        """
+        count = len(data['inputs'][0])
+        means: list[Tensor] = []
+        seen = 0
+        for _, group in groupby(range(len(data['inputs'])), lambda i: [x.shape for x in data['inputs'][i]]):
+            group = list(group)
+            batch = {key: [item for i in group for item in data[key][i]] for key in ('inputs', 'data_samples')}
+            samples = self.module.test_step(batch)
+            for start in range(0, len(samples), count):
+                seen += 1
+                for i, sample in enumerate(samples[start : start + count]):
+                    scores = self._scores(sample)
+                    if seen == 1:
+                        means.append(scores)
+                    else:
+                        means[i].add_(scores)
+        firsts = data['data_samples'][0]
+        lasts = samples[-count:]
+        return [
+            self._merged((first, last), mean.div_(seen)) for first, last, mean in zip(firsts, lasts, means, strict=True)
+        ]
+
+    def _scores(self, sample: SegDataSample) -> Tensor:
+        logits = sample.seg_logits.data
+        return logits.softmax(0) if len(logits) > 1 else logits.clone()
+
+    def _merged(self, samples: Sequence[SegDataSample], mean: Tensor) -> SegDataSample:
+        """Returns the last augmentation's sample with the merged prediction, as SegTTAModel does."""
+        first, merged = samples[0], samples[-1]
+        if len(mean) > 1:
+            labels = upsample_argmax(mean[None], Placement(tuple(mean.shape[1:])))[0]
+        else:
+            labels = (mean > self.module.decode_head.threshold).byte()
+        merged.pred_sem_seg, merged.seg_logits = PixelData(data=labels), PixelData(data=mean)
+        if 'gt_sem_seg' in first:
+            merged.gt_sem_seg = first.gt_sem_seg
+        merged.set_metainfo(dict(img_path=first.get('img_path')))
+        return merged
 
 
 @MODELS.register_module()

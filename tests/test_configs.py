@@ -33,7 +33,6 @@ from mmseg.models import (
     FCNHead,
     PSPHead,
     SegDataPreProcessor,
-    SegTTAModel,
 )
 from mmseg.structures import SegDataSample
 
@@ -46,6 +45,7 @@ from mmseg_resnest.metrics import IoUMetric
 from mmseg_resnest.optim import AutocastOptimWrapper
 from mmseg_resnest.prepare import PASCAL_CONTEXT_IDS
 from mmseg_resnest.transforms import PhotoMetricDistortion
+from mmseg_resnest.tta import TTAModel
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / 'configs'
@@ -168,7 +168,7 @@ def main_classes(leaf: str) -> dict[str, type]:
         'model.decode_head': heads[head],
         'model.decode_head.loss_decode': CrossEntropyLoss,
         'model.auxiliary_head': AuthorsFCNHead if authors else FCNHead,
-        'tta_model': SegTTAModel,
+        'tta_model': TTAModel,
         'train_dataloader.dataset': data_set,
         'val_dataloader.dataset': data_set,
         'test_dataloader.dataset': data_set,

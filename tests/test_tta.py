@@ -1,4 +1,4 @@
-"""The authors' multi-scale evaluation against a plain loop that states it."""
+"""Test-time augmentation: OpenMMLab's against its own, the authors' against a plain loop that states it."""
 
 import copy
 import math
@@ -6,13 +6,14 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from mmengine.config import Config
+from mmengine.config import Config, ConfigDict
 from mmengine.structures import PixelData
+from mmseg.models.segmentors import SegTTAModel
 from mmseg.registry import MODELS
 from mmseg.structures import SegDataSample
 from tiny import ROOT
 
-from mmseg_resnest.tta import AuthorsTTAModel
+from mmseg_resnest.tta import AuthorsTTAModel, TTAModel
 
 CLASSES = 5
 SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
@@ -34,7 +35,7 @@ def segmentor_config(**head):
         data_preprocessor=dict(type='mmseg.SegDataPreProcessor', mean=MEAN, std=STD, bgr_to_rgb=True),
         backbone=dict(type='mmseg_resnest.ResNeSt', depth=14, output_stride=8, base_width=8),
         decode_head=decode_head | head,
-        test_cfg=dict(mode='whole'),
+        test_cfg=ConfigDict(mode='whole'),
     )
 
 
@@ -244,3 +245,87 @@ def test_an_image_that_the_pipeline_resized_is_refused(segmentor):
     samples[0].set_metainfo(dict(ori_shape=(90, 140)))
     with pytest.raises(ValueError, match=r'0\.jpg: 45x70 pixels after the test pipeline, 90x140 in the file; expected'):
         AuthorsTTAModel(segmentor).test_step(dict(inputs=[image], data_samples=samples))
+
+
+# ---------------------------------------------------------------------------------------------------- OpenMMLab's
+
+
+def augmented(sizes, count=1, ori_shape=(45, 60)):
+    """Returns a batch as TestTimeAug and the collation make it: each size, plain and mirrored."""
+    inputs, samples = [], []
+    for size in sizes:
+        for flip in (False, True):
+            images = [random_image(*size, seed=seed) for seed in range(count)]
+            inputs.append([image.flip(2) if flip else image for image in images])
+            meta = dict(ori_shape=ori_shape, img_shape=size, pad_shape=size)
+            meta |= dict(flip=flip, flip_direction='horizontal' if flip else None)
+            labels = [torch.full((1, *ori_shape), i) for i in range(count)]
+            samples.append(
+                [
+                    SegDataSample(metainfo=dict(meta, img_path=f'{i}'), gt_sem_seg=PixelData(data=label))
+                    for i, label in enumerate(labels)
+                ]
+            )
+    return dict(inputs=inputs, data_samples=samples)
+
+
+@pytest.mark.parametrize('type_', ['mmseg.EncoderDecoder', 'mmseg_resnest.EncoderDecoder'])
+@pytest.mark.parametrize('count', [1, 2])
+def test_openmmlabs_equals_mmsegmentation(segmentor, count, type_):
+    module = MODELS.build(segmentor_config() | dict(type=type_)).eval()
+    module.load_state_dict(segmentor.state_dict())
+    batch = augmented([(24, 32), (45, 60), (67, 90)], count)
+    with torch.no_grad():
+        truth = SegTTAModel(segmentor).test_step(copy.deepcopy(batch))
+        stock = SegTTAModel(module).test_step(copy.deepcopy(batch))
+    found = TTAModel(module).test_step(copy.deepcopy(batch))
+    kept = [[sample.seg_logits.data for sample in predict_all(segmentor, batch, i)] for i in range(count)]
+    for i, (ours, other, theirs) in enumerate(zip(found, stock, truth, strict=True)):
+        mean = sum(logits.softmax(0) for logits in kept[i]) / len(kept[i])
+        assert (ours.seg_logits.data - mean).abs().max() <= 1e-5
+        best = mean.topk(2, dim=0).values
+        clear = best[0] - best[1] > 1e-5
+        assert clear.float().mean() > 0.99
+        for sample in (ours, other):
+            assert torch.equal(sample.pred_sem_seg.data[0][clear].long(), theirs.pred_sem_seg.data[0][clear])
+        assert ours.pred_sem_seg.shape == theirs.pred_sem_seg.shape
+        assert (ours.gt_sem_seg.data == i).all()
+        assert ours.img_path == theirs.img_path == f'{i}'
+
+
+def predict_all(model, batch, image):
+    """Returns a prediction an augmentation, each by itself."""
+    batch = copy.deepcopy(batch)
+    return [
+        model.test_step(dict(inputs=[inputs[image]], data_samples=[samples[image]]))[0]
+        for inputs, samples in zip(batch['inputs'], batch['data_samples'], strict=True)
+    ]
+
+
+def test_openmmlabs_runs_images_of_one_size_together(segmentor):
+    sizes = []
+    module = copy.deepcopy(segmentor)
+    module.backbone.register_forward_hook(lambda _, args, out: sizes.append(tuple(args[0].shape)))
+    TTAModel(module).test_step(augmented([(24, 32), (45, 60)], count=2))
+    assert sizes == [(4, 3, 24, 32), (4, 3, 45, 60)]
+
+
+def test_openmmlabs_with_one_channel():
+    """The mean of the probabilities; SegTTAModel's sigmoid of a probability would call every pixel positive."""
+    torch.manual_seed(0)
+    module = MODELS.build(
+        segmentor_config(
+            num_classes=2,
+            out_channels=1,
+            threshold=0.5,
+            loss_decode=dict(type='mmseg.CrossEntropyLoss', use_sigmoid=True),
+        )
+        | dict(type='mmseg_resnest.EncoderDecoder')
+    )
+    module = settled(module, 3)
+    batch = augmented([(24, 32), (45, 60)])
+    (sample,) = TTAModel(module).test_step(copy.deepcopy(batch))
+    mean = torch.stack([sample.seg_logits.data for sample in predict_all(module, batch, 0)]).mean(0)
+    assert (sample.seg_logits.data - mean).abs().max() <= 1e-5
+    assert torch.equal(sample.pred_sem_seg.data, (sample.seg_logits.data > 0.5).byte())
+    assert 0.05 < sample.pred_sem_seg.data.float().mean() < 0.95

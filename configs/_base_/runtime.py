@@ -26,4 +26,4 @@ log_level = 'INFO'
 load_from = None
 resume = False
 
-tta_model = dict(type='SegTTAModel')
+tta_model = dict(type='mmseg_resnest.TTAModel')

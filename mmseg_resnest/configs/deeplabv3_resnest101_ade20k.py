@@ -209,7 +209,7 @@ train_pipeline = [
     dict(type='mmseg_resnest.PhotoMetricDistortion'),
     dict(type='PackSegInputs'),
 ]
-tta_model = dict(type='SegTTAModel')
+tta_model = dict(type='mmseg_resnest.TTAModel')
 tta_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(

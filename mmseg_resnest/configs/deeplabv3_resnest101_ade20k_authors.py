@@ -218,7 +218,7 @@ train_pipeline = [
     ), type='mmseg_resnest.RandomCrop'),
     dict(type='PackSegInputs'),
 ]
-tta_model = dict(type='SegTTAModel')
+tta_model = dict(type='mmseg_resnest.TTAModel')
 val_cfg = dict(type='ValLoop')
 val_dataloader = dict(
     batch_size=1,

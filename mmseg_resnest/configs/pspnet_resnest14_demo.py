@@ -376,7 +376,7 @@ train_pipeline = [
     dict(prob=0.5, type='RandomFlip'),
     dict(type='PackSegInputs'),
 ]
-tta_model = dict(type='SegTTAModel')
+tta_model = dict(type='mmseg_resnest.TTAModel')
 val_cfg = dict(type='ValLoop')
 val_dataloader = dict(
     batch_size=1,

@@ -422,7 +422,7 @@ train_pipeline = [
     dict(type='mmseg_resnest.PhotoMetricDistortion'),
     dict(type='PackSegInputs'),
 ]
-tta_model = dict(type='SegTTAModel')
+tta_model = dict(type='mmseg_resnest.TTAModel')
 val_cfg = dict(type='ValLoop')
 val_dataloader = dict(
     batch_size=1,

@@ -1,0 +1,150 @@
+"""From the network's logits to data samples, as mmsegmentation's EncoderDecoder does it: whole images and windows."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from mmengine.structures import PixelData
+from mmseg.structures import SegDataSample
+from torch import Tensor
+
+from mmseg_resnest.ops import Placement, upsample_argmax
+from mmseg_resnest.ops.upsample_argmax import place
+
+WINDOWS = 8  # that the network gets at a time
+
+
+class DeferredLogits(PixelData):
+    """A sample's ``seg_logits``: full-resolution logits that are computed, and stored, when ``data`` is first read.
+
+    Args:
+        compute: Returns them, (C, H, W).
+    """
+
+    def __init__(self, compute: Callable[[], Tensor]) -> None:
+        super().__init__()
+        object.__setattr__(self, '_compute', compute)
+
+    def __getattr__(self, name: str) -> Any:
+        """Finds what is not there yet: ``data``."""
+        if name != 'data':
+            raise AttributeError(f'{type(self).__name__} has no {name}')
+        self.data = self._compute()
+        return self.data
+
+    def new(self, **kwargs: Any) -> PixelData:
+        """Returns a plain copy, on whatever device or in whatever format it is asked for."""
+        return _plain(self.data).new(**kwargs)
+
+    def __reduce_ex__(self, protocol: int) -> tuple:
+        """Lets copies and pickles be plain, too."""
+        return _plain, (self.data,)
+
+
+def _plain(data: Tensor) -> PixelData:
+    return PixelData(data=data)
+
+
+def placement_of(sample: SegDataSample, via: tuple[int, int], align_corners: bool) -> Placement:
+    """Returns how a sample's logits come to lie on its image.
+
+    Args:
+        sample: With the keys of PackSegInputs; its image may be padded or mirrored.
+        via: The network's input, padding included, as mmsegmentation's heads resize to it.
+        align_corners: The head's.
+    """
+    meta = sample.metainfo
+    return Placement(
+        tuple(meta.get('ori_shape', via))[:2],
+        via,
+        tuple(meta.get('img_padding_size', meta.get('padding_size', (0, 0, 0, 0)))),
+        meta.get('flip_direction') if meta.get('flip') else None,
+        align_corners,
+    )
+
+
+def finish(
+    logits: Tensor,
+    samples: Sequence[SegDataSample],
+    placements: Sequence[Placement],
+    threshold: float | None,
+    impl: str | None,
+) -> None:
+    """Adds to each sample what mmsegmentation does: ``pred_sem_seg`` (1, H, W), and ``seg_logits`` (C, H, W), deferred.
+
+    Labels are uint8 for up to 256 classes. One channel becomes a probability.
+
+    Args:
+        logits: (N, C, h, w).
+        samples: N of them.
+        placements: Of each sample's logits.
+        threshold: For one channel.
+        impl: Of ``upsample_argmax``.
+    """
+    for placement in dict.fromkeys(placements):
+        same = [i for i, other in enumerate(placements) if other == placement]
+        part = logits if len(same) == len(logits) else logits[same]
+        labels, _ = upsample_argmax(part, placement, threshold=threshold, impl=impl)
+        for i, label in zip(same, labels, strict=True):
+            samples[i].pred_sem_seg = PixelData(data=label[None])
+            samples[i].seg_logits = DeferredLogits(_deferred(logits[i : i + 1], placement, threshold))
+
+
+def _deferred(logits: Tensor, placement: Placement, threshold: float | None) -> Callable[[], Tensor]:
+    def compute() -> Tensor:
+        with torch.no_grad():
+            placed = place(logits.float(), placement)[0]
+            return placed if threshold is None else placed.sigmoid()
+
+    return compute
+
+
+def slide(
+    network: Callable[[Tensor], Tensor],
+    inputs: Tensor,
+    crop_size: tuple[int, int],
+    stride: tuple[int, int],
+    channels: int,
+    align_corners: bool,
+) -> Tensor:
+    """Averages the logits of overlapping windows, as mmsegmentation's ``slide_inference`` does.
+
+    Windows run through the network together, and their logits are added to the one full-size tensor in place.
+
+    Args:
+        network: Maps images (B, 3, h, w) to logits (B, channels, h', w').
+        inputs: (N, 3, H, W).
+        crop_size: Height and width of a window; a smaller image is one window.
+        stride: Steps from one window to the next.
+        channels: Of the logits.
+        align_corners: Whether the logits are resized to the window so.
+
+    Returns:
+        (N, channels, H, W), float32 at least.
+    """
+    count, _, height, width = inputs.shape
+    size = min(crop_size[0], height), min(crop_size[1], width)
+    dtype = torch.promote_types(inputs.dtype, torch.float32)
+    total = inputs.new_zeros((count, channels, height, width), dtype=dtype)
+    covered = inputs.new_zeros((height, width), dtype=dtype)
+    corners = [
+        (top, left) for top in _starts(height, size[0], stride[0]) for left in _starts(width, size[1], stride[1])
+    ]
+    for group in _groups(corners, max(WINDOWS // count, 1)):
+        windows = torch.cat([inputs[..., top : top + size[0], left : left + size[1]] for top, left in group])
+        logits = place(network(windows).to(dtype), Placement(size, align_corners=align_corners))
+        for (top, left), part in zip(group, logits.split(count), strict=True):
+            total[..., top : top + size[0], left : left + size[1]] += part
+            covered[top : top + size[0], left : left + size[1]] += 1
+    return total.div_(covered)
+
+
+def _starts(length: int, crop: int, stride: int) -> list[int]:
+    """Returns where windows begin; the last ends with the image."""
+    count = max(length - crop + stride - 1, 0) // stride + 1
+    return [min(i * stride, length - crop) for i in range(count)]
+
+
+def _groups(items: Sequence, size: int) -> Iterator[Sequence]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
