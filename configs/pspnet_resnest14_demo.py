@@ -51,7 +51,8 @@ train_dataloader = dict(
     ),
 )
 val_dataloader = dict(
-    batch_size=1,
+    batch_size=8,  # at most; images of one size
+    batch_sampler=dict(type='mmseg_resnest.EqualSizeBatchSampler'),
     num_workers=0,
     sampler=dict(type='DefaultSampler', shuffle=False),
     dataset=dict(

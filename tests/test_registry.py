@@ -21,7 +21,7 @@ from mmengine.runner import Runner
 from mmpretrain.structures import DataSample
 
 import mmseg_resnest.registry
-from mmseg_resnest import ResNeSt, heads, hooks, metrics, optim, segmentor, transforms, tta
+from mmseg_resnest import ResNeSt, heads, hooks, metrics, optim, sampler, segmentor, transforms, tta
 
 KINDS = {name: value for name, value in vars(root).items() if isinstance(value, Registry)}
 OURS = {
@@ -31,10 +31,12 @@ OURS = {
         heads.AuthorsFCNHead,
         segmentor.EncoderDecoder,
         tta.AuthorsTTAModel,
+        tta.TTAModel,
     ],
     'OPTIM_WRAPPERS': [optim.AutocastOptimWrapper],
     'HOOKS': [hooks.BatchNormCheckHook, hooks.NonFiniteHook, hooks.ProgressBarHook, hooks.SampleCheckHook],
     'METRICS': [metrics.IoUMetric],
+    'DATA_SAMPLERS': [sampler.EqualSizeBatchSampler],
     'TRANSFORMS': [transforms.PhotoMetricDistortion, transforms.RandomCrop],
 }
 

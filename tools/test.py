@@ -3,9 +3,12 @@
   python tools/test.py configs/deeplabv3_resnest101_ade20k.py CHECKPOINT
   python tools/test.py CONFIG CHECKPOINT --tta --json result.json --out predictions/
   python tools/test.py CONFIG CHECKPOINT --tta authors
+  python tools/test.py CONFIG CHECKPOINT --exact
   torchrun --nproc-per-node 4 tools/test.py CONFIG CHECKPOINT
 
-The launcher is detected; a GPU is used where there is one.
+The launcher is detected; a GPU is used where there is one. Images of one size make a batch, batch norm is folded, and
+on a GPU the network runs in float16 and, where a size repeats, from CUDA graphs; docs/prediction.md says what each
+changes.
 """
 
 import argparse
@@ -13,14 +16,18 @@ import json
 import math
 from pathlib import Path
 
+import torch
 from mmengine.config import Config, ConfigDict
 from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
+from torch import nn
 
 from mmseg_resnest import cli, launch
 from mmseg_resnest.checkpoints import check_options, compare_classes, load_strictly, model_weights, read_checkpoint
 from mmseg_resnest.dataset_check import add_skip_option, check_before_run
 from mmseg_resnest.datasets import check_classes, datasets_of
+from mmseg_resnest.network import DTYPES, Speed, default_speed, speed_up
+from mmseg_resnest.segmentor import EncoderDecoder
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -36,14 +43,53 @@ def make_parser() -> argparse.ArgumentParser:
         choices=('openmmlab', 'authors'),
         help="multi-scale and flip: OpenMMLab's (the config's tta_pipeline), or as the authors of ResNeSt evaluate",
     )
+    add_speed(parser)
     parser.add_argument('--out', metavar='DIR', help='write the predicted label maps there, as PNG')
     parser.add_argument('--show-dir', metavar='DIR', help='write pictures of truth and prediction there')
     parser.add_argument('--json', metavar='FILE', type=Path, help='write the figures there, those of each class too')
     return parser
 
 
+def add_speed(parser: argparse.ArgumentParser) -> None:
+    """Adds the switches of fast evaluation."""
+    group = parser.add_argument_group('speed, each a switch')
+    group.add_argument(
+        '--exact',
+        action='store_true',
+        help="all of it off: batch 1, float32 without TF32, batch norm as it is, eager; mmsegmentation's own confusion "
+        'matrix, to the last pixel',
+    )
+    group.add_argument('--batch-size', type=int, metavar='N', help="images of a batch (default: the config's)")
+    group.add_argument('--dtype', choices=DTYPES, help='number format (default: float16 on a GPU, float32 on a CPU)')
+    group.add_argument('--no-fold', action='store_true', help='leave batch norm as it is')
+    group.add_argument('--no-graphs', action='store_true', help='run no size from a CUDA graph')
+    group.add_argument('--compile', action='store_true', help='compile sizes that repeat, one to two minutes each')
+
+
+def set_exact(cfg: Config) -> None:
+    """Switches all of it off."""
+    cfg.model.test_cfg.upsample_argmax = 'exact'
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    cfg.test_dataloader.pop('batch_sampler', None)
+    cfg.test_dataloader.batch_size = 1
+
+
+def make_fast(model: nn.Module, args: argparse.Namespace) -> None:
+    """Makes the model predict as the switches say; mmsegmentation's own EncoderDecoder stays as it is."""
+    if args.exact or not isinstance(model, EncoderDecoder):
+        return
+    default = default_speed(next(model.parameters()).device)
+    dtype = args.dtype or default.dtype
+    speed_up(model, Speed(fold=not args.no_fold, dtype=dtype, graphs=not args.no_graphs, compile=args.compile))
+
+
 def configure(cfg: Config, args: argparse.Namespace) -> None:
     """Sets what the command line asks of the test."""
+    if args.exact:
+        set_exact(cfg)
+    if args.batch_size is not None:
+        cfg.test_dataloader.batch_size = args.batch_size
+        cfg.test_dataloader.setdefault('batch_sampler', dict(type='mmseg_resnest.EqualSizeBatchSampler'))
     if args.tta == 'openmmlab':
         if 'tta_pipeline' not in cfg or 'tta_model' not in cfg:
             raise cli.UsageError(f'--tta: {args.config} has no tta_pipeline and tta_model')
@@ -70,6 +116,8 @@ def test(args: argparse.Namespace) -> None:
     """Builds the runner that the command line asks for, loads the checkpoint strictly and tests."""
     cfg = cli.load_config(args, 'test_dataloader')
     cli.existing_checkpoint(args.checkpoint)
+    if args.batch_size is not None and (args.batch_size < 1 or args.exact):
+        raise cli.UsageError(f'--batch-size {args.batch_size}: expected 1 or more, and not with --exact, which takes 1')
     if args.json and args.json.is_dir():
         raise cli.UsageError(f'--json {args.json}: a folder; name a file in it')
     check_classes('test_dataloader', cfg)
@@ -84,6 +132,7 @@ def test(args: argparse.Namespace) -> None:
     checkpoint = read_checkpoint(args.checkpoint)
     load_strictly(model, model_weights(checkpoint), args.checkpoint)
     check_options(checkpoint, model, args.checkpoint)  # parts that a model lacks are told by the keys
+    make_fast(model, args)
     compare_classes(checkpoint, runner.test_dataloader.dataset.metainfo, args.checkpoint)
     metrics = runner.test()
     if runner.rank == 0:
@@ -92,15 +141,19 @@ def test(args: argparse.Namespace) -> None:
 
 def report(metrics: dict, runner: Runner, args: argparse.Namespace) -> None:
     """Prints the figures, and writes them to ``--json``."""
-    figures = {name: float(metrics[name]) for name in ('mIoU', 'mAcc', 'aAcc')}
+    names = dict.fromkeys(['mIoU', 'mAcc', 'aAcc', *metrics])
+    figures = {name: float(metrics[name]) for name in names}
     print('  '.join(f'{name} {value:.2f}' for name, value in figures.items()))
     if args.json:
-        per_class = getattr(runner.test_evaluator.metrics[0], 'per_class', {})
+        metric = runner.test_evaluator.metrics[0]
+        per_class, confusion = getattr(metric, 'per_class', {}), getattr(metric, 'confusion', None)
         classes = {  # JSON has no nan: a class that does not occur gets null
             name: {metric: None if math.isnan(value) else value for metric, value in values.items()}
             for name, values in per_class.items()
         }
         content = dict(figures, classes=classes, config=args.config, checkpoint=args.checkpoint, tta=args.tta)
+        if confusion is not None:
+            content['confusion'] = confusion.tolist()  # a row a label, a column a prediction
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(content, indent=1) + '\n')
 

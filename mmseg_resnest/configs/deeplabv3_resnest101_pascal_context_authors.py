@@ -123,7 +123,8 @@ resume = False
 sync_bn = 'torch'
 test_cfg = dict(type='TestLoop')
 test_dataloader = dict(
-    batch_size=1,
+    batch_sampler=dict(type='mmseg_resnest.EqualSizeBatchSampler'),
+    batch_size=8,
     dataset=dict(
         ann_file='ImageSets/SegmentationContext/val.txt',
         data_prefix=dict(
@@ -223,7 +224,8 @@ train_pipeline = [
 tta_model = dict(type='mmseg_resnest.TTAModel')
 val_cfg = dict(type='ValLoop')
 val_dataloader = dict(
-    batch_size=1,
+    batch_sampler=dict(type='mmseg_resnest.EqualSizeBatchSampler'),
+    batch_size=8,
     dataset=dict(
         ann_file='ImageSets/SegmentationContext/val.txt',
         data_prefix=dict(

@@ -121,7 +121,8 @@ resume = False
 sync_bn = 'torch'
 test_cfg = dict(type='TestLoop')
 test_dataloader = dict(
-    batch_size=1,
+    batch_sampler=dict(type='mmseg_resnest.EqualSizeBatchSampler'),
+    batch_size=4,
     dataset=dict(
         data_prefix=dict(
             img_path='leftImg8bit/val', seg_map_path='gtFine/val'),
@@ -241,7 +242,8 @@ tta_pipeline = [
 ]
 val_cfg = dict(type='ValLoop')
 val_dataloader = dict(
-    batch_size=1,
+    batch_sampler=dict(type='mmseg_resnest.EqualSizeBatchSampler'),
+    batch_size=4,
     dataset=dict(
         data_prefix=dict(
             img_path='leftImg8bit/val', seg_map_path='gtFine/val'),

@@ -177,7 +177,8 @@ resume = False
 sync_bn = 'torch'
 test_cfg = dict(type='TestLoop')
 test_dataloader = dict(
-    batch_size=1,
+    batch_sampler=dict(type='mmseg_resnest.EqualSizeBatchSampler'),
+    batch_size=8,
     dataset=dict(
         data_prefix=dict(
             img_path='images/validation',
@@ -379,7 +380,8 @@ train_pipeline = [
 tta_model = dict(type='mmseg_resnest.TTAModel')
 val_cfg = dict(type='ValLoop')
 val_dataloader = dict(
-    batch_size=1,
+    batch_sampler=dict(type='mmseg_resnest.EqualSizeBatchSampler'),
+    batch_size=8,
     dataset=dict(
         data_prefix=dict(
             img_path='images/validation',

@@ -112,7 +112,8 @@ resume = False
 sync_bn = 'torch'
 test_cfg = dict(type='TestLoop')
 test_dataloader = dict(
-    batch_size=1,
+    batch_sampler=dict(type='mmseg_resnest.EqualSizeBatchSampler'),
+    batch_size=8,
     dataset=dict(
         data_prefix=dict(
             img_path='images/validation',
@@ -236,7 +237,8 @@ tta_pipeline = [
 ]
 val_cfg = dict(type='ValLoop')
 val_dataloader = dict(
-    batch_size=1,
+    batch_sampler=dict(type='mmseg_resnest.EqualSizeBatchSampler'),
+    batch_size=8,
     dataset=dict(
         data_prefix=dict(
             img_path='images/validation',

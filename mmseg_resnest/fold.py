@@ -1,0 +1,85 @@
+"""Batch norm folded into the convolutions before it, for prediction."""
+
+from collections import Counter
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils.fusion import fuse_conv_bn_weights
+
+
+def fold_batch_norms(model: nn.Module, run: Callable[[], Tensor]) -> int:
+    """Folds every batch norm of a model that follows a convolution into it, for good.
+
+    Which follows which is seen in a run: a norm whose input is a convolution's output, both used once. The scale of a
+    channel multiplies the convolution's weights to it, also where it is grouped, as the radix convolution is.
+
+    Args:
+        model: In evaluation mode.
+        run: Runs it on any input; the output is compared.
+
+    Returns:
+        How many were folded.
+
+    Raises:
+        ValueError: The output has changed by more than a thousandth of its largest value: something else reads a
+            convolution's output too. The model is then unusable.
+    """
+    pairs, before = _pairs(model, run)
+    for conv, norm in pairs:
+        _fold(conv, norm)
+    folded = {id(norm) for _, norm in pairs}
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if id(child) in folded:
+                setattr(module, name, nn.Identity())
+    with torch.no_grad():
+        error = (run() - before).abs().max() / before.abs().max().clamp(min=1e-30)
+    if not error < 1e-3:
+        raise ValueError(
+            f'folding {len(pairs)} batch norms changed the output by {float(error):.2g} of its largest value; expected '
+            'less than 1e-3: a convolution is read by more than its batch norm, or the weights are not finite. '
+            'Predict without folding'
+        )
+    return len(pairs)
+
+
+def _pairs(model: nn.Module, run: Callable[[], Tensor]) -> tuple[list[tuple[nn.Conv2d, _BatchNorm]], Tensor]:
+    """Returns the convolutions and the norms that read them, and the output of the run."""
+    outputs: dict[int, tuple[nn.Conv2d, Tensor]] = {}  # the tensors are kept, so that no other gets their id
+    pairs: list[tuple[nn.Conv2d, _BatchNorm]] = []
+    calls: Counter[nn.Module] = Counter()
+
+    def after_conv(conv: nn.Conv2d, _: tuple, output: Tensor) -> None:
+        calls[conv] += 1
+        outputs[id(output)] = conv, output
+
+    def before_norm(norm: _BatchNorm, inputs: tuple[Tensor]) -> None:
+        calls[norm] += 1
+        if id(inputs[0]) in outputs and not norm.training and norm.running_var is not None:
+            pairs.append((outputs[id(inputs[0])][0], norm))
+
+    handles = []
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            handles.append(module.register_forward_hook(after_conv))
+        elif isinstance(module, _BatchNorm):
+            handles.append(module.register_forward_pre_hook(before_norm))
+    try:
+        with torch.no_grad():
+            result = run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [(conv, norm) for conv, norm in pairs if calls[conv] == calls[norm] == 1], result
+
+
+def _fold(conv: nn.Conv2d, norm: _BatchNorm) -> None:
+    """Sets ``w * s`` and ``(b - mean) * s + bias`` with ``s = weight / sqrt(var + eps)``, computed in float64."""
+    parts = (conv.weight, conv.bias, norm.running_mean, norm.running_var)
+    parts = (None if part is None else part.detach().double() for part in parts)
+    affine = (None if part is None else part.detach().double() for part in (norm.weight, norm.bias))
+    weight, bias = fuse_conv_bn_weights(*parts, norm.eps, *affine)
+    dtype = conv.weight.dtype
+    conv.weight, conv.bias = (nn.Parameter(part.to(dtype), requires_grad=False) for part in (weight, bias))

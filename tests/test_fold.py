@@ -1,0 +1,91 @@
+"""Folded batch norm: the same output, and which norms fold."""
+
+import copy
+
+import pytest
+import torch
+from mmseg.registry import MODELS
+from test_segmentor import HEADS, make_config
+from torch import nn
+
+from mmseg_resnest.fold import fold_batch_norms
+from mmseg_resnest.resnest import ResNeSt
+
+
+def settled(module, x):
+    for part in module.modules():
+        if isinstance(part, nn.BatchNorm2d):
+            part.momentum = 1
+            nn.init.uniform_(part.weight, 0.5, 2)
+            nn.init.normal_(part.bias)
+    with torch.no_grad():
+        module.train()(x)
+    return module.eval()
+
+
+@pytest.mark.parametrize('head', HEADS)
+def test_segmentors(head):
+    torch.manual_seed(0)
+    model = MODELS.build(make_config(head, dict(type='CrossEntropyLoss'), None)).double()
+    x = torch.randn(2, 3, 96, 96, dtype=torch.float64)
+    model = settled(model, x)
+    with torch.no_grad():
+        truth = model._forward(x)
+    norms = sum(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+    assert norms > 25
+    assert fold_batch_norms(model, lambda: model._forward(x[:1])) == norms
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+    with torch.no_grad():
+        assert (model._forward(x) - truth).abs().max() < 1e-10 * truth.abs().max()
+
+
+@pytest.mark.parametrize('options', [dict(radix=1), dict(radix=2, groups=2, base_width=32), dict(avd_first=True)])
+def test_radix_convolutions(options):
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    model = settled(ResNeSt(14, output_stride=8, **options).double(), x)
+    truth = model(x)[-1].detach()
+    fold_batch_norms(model, lambda: model(x)[-1])
+    assert (model(x)[-1] - truth).abs().max() < 1e-10 * truth.abs().max()
+
+
+def test_what_does_not_fold_stays():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
+            self.shared, self.first, self.second = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.BatchNorm2d(4)
+            self.alone, self.batch = nn.BatchNorm2d(4), nn.BatchNorm2d(4, track_running_stats=False)
+
+        def forward(self, x):
+            x = self.norm(self.conv(x)).relu()
+            x = self.first(self.shared(x)).relu()
+            return self.alone(self.second(self.shared(x)).relu())
+
+    x = torch.randn(2, 3, 8, 8)
+    model = settled(Model(), x)
+    truth = model(x)
+    assert fold_batch_norms(model, lambda: model(x)) == 1
+    assert isinstance(model.norm, nn.Identity)
+    assert all(isinstance(norm, nn.BatchNorm2d) for norm in (model.first, model.second, model.alone))
+    assert torch.allclose(model(x), truth, atol=1e-5)
+
+
+def test_a_convolution_with_two_readers_is_refused():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
+
+        def forward(self, x):
+            x = self.conv(x)
+            return self.norm(x) + x
+
+    x = torch.randn(2, 3, 8, 8)
+    model = settled(Model(), x)
+    with pytest.raises(ValueError, match=r'folding 1 batch norms changed the output by .*Predict without folding'):
+        fold_batch_norms(model, lambda: model(x))
+    damaged = settled(copy.deepcopy(Model()), x)
+    damaged.norm.running_mean[0] = float('nan')
+    with pytest.raises(ValueError, match='not finite'):
+        fold_batch_norms(damaged, lambda: damaged(x))
