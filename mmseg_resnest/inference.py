@@ -32,6 +32,11 @@ class DeferredLogits(PixelData):
         self.data = self._compute()
         return self.data
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Height and width."""
+        return tuple(self.data.shape[-2:])
+
     def new(self, **kwargs: Any) -> PixelData:
         """Returns a plain copy, on whatever device or in whatever format it is asked for."""
         return _plain(self.data).new(**kwargs)

@@ -100,7 +100,7 @@ KINDS = {
     'authors_tta_model',
     'WEIGHT_INITIALIZERS': 'init_cfg',
     'DATASETS': 'dataset',
-    'DATA_SAMPLERS': 'sampler',
+    'DATA_SAMPLERS': 'sampler batch_sampler',
     'TRANSFORMS': 'pipeline train_pipeline test_pipeline tta_pipeline transforms',
     'METRICS': 'val_evaluator test_evaluator',
     'OPTIM_WRAPPERS': 'optim_wrapper',

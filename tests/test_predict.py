@@ -1,0 +1,163 @@
+"""tools/predict.py on files, folders, globs and a video; and what it says of bad ones."""
+
+import cv2
+import numpy as np
+import pytest
+from PIL import Image
+from test_predictor import tiny_config, write_checkpoint
+from tiny import run_tool
+
+from mmseg_resnest.predictor import Predictor
+
+SIZES = [(48, 64), (40, 90), (48, 64), (70, 52)]
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+    """A config, a checkpoint, four good images (one in a subfolder) and a video."""
+    root = tmp_path_factory.mktemp('predict')
+    write_checkpoint(root / 'model.pth')
+    tiny_config().dump(root / 'config.py')
+    random = np.random.default_rng(0)
+    (root / 'in' / 'sub').mkdir(parents=True)
+    for i, (height, width) in enumerate(SIZES):
+        coarse = random.integers(0, 256, (4, 5, 3), np.uint8)
+        path = root / 'in' / ('sub' if i == 3 else '') / f'{i}.png'
+        cv2.imwrite(str(path), cv2.resize(coarse, (width, height)))
+    writer = cv2.VideoWriter(str(root / 'video.avi'), cv2.VideoWriter.fourcc(*'MJPG'), 10, (64, 48))
+    assert writer.isOpened()
+    for _ in range(11):
+        writer.write(cv2.resize(random.integers(0, 256, (4, 5, 3), np.uint8), (64, 48)))
+    writer.release()
+    return root
+
+
+@pytest.fixture(scope='module')
+def predictor(folder):
+    return Predictor(folder / 'config.py', folder / 'model.pth', 'cpu')
+
+
+def predict(folder, *args):
+    return run_tool('predict', 'config.py', 'model.pth', *args, cwd=folder)
+
+
+def test_a_folder(folder, predictor, tmp_path):
+    done = predict(folder, 'in', tmp_path / 'out', '--overlays', tmp_path / 'seen', '--batch-size', '2')
+    assert done.returncode == 0, done.stderr
+    names = ['0.png', '1.png', '2.png', 'sub/3.png']
+    for where in ('out', 'seen'):
+        assert sorted(str(path.relative_to(tmp_path / where)) for path in (tmp_path / where).rglob('*.png')) == names
+    for name in names:
+        labels = predictor(folder / 'in' / name)
+        assert len(np.unique(labels)) > 1
+        found = cv2.imread(str(tmp_path / 'out' / name), cv2.IMREAD_UNCHANGED)
+        assert found.dtype == np.uint8
+        assert (found != labels).mean() < 1e-3
+        expected = cv2.imread(str(folder / 'in' / name)) / 2 + predictor.palette[labels][..., ::-1] / 2
+        assert np.abs(cv2.imread(str(tmp_path / 'seen' / name)) - expected).mean() < 1
+
+
+def test_bad_files_are_reported_and_left_out(folder, tmp_path):
+    source = tmp_path / 'in'
+    source.mkdir()
+    good = Image.open(folder / 'in' / '0.png')
+    good.save(source / 'good.png')
+    good.save(source / 'last.jpg')
+    (source / 'empty.jpg').write_bytes(b'')
+    (source / 'page.png').write_text('<html>')
+    Image.open(folder / 'in' / '1.png').convert('RGBA').save(source / 'alpha.png')
+    Image.fromarray(np.full((9, 9), 999, np.uint16)).save(source / 'deep.png')
+    good.save(source / 'cut.jpg')
+    (source / 'cut.jpg').write_bytes((source / 'cut.jpg').read_bytes()[:-400])
+    done = predict(folder, source, tmp_path / 'out')
+    assert done.returncode == 1
+    lines = [line for line in done.stderr.splitlines() if line.startswith('predict.py: skipped: ')]
+    assert len(lines) == 5
+    for name, found in {
+        'alpha.png': 'an alpha channel (Pillow mode RGBA); expected a picture of 8 bits',
+        'cut.jpg': 'cut off before its end',
+        'deep.png': 'other numbers than 8 bits',
+        'empty.jpg': '0 bytes',
+        'page.png': "no picture that can be read: it begins with b'<html>'",
+    }.items():
+        assert any(f'skipped: {source / name}: {found}' in line for line in lines), name
+    assert sorted(path.name for path in (tmp_path / 'out').iterdir()) == ['good.png', 'last.png']
+    assert 'Traceback' not in done.stderr
+
+
+def test_a_glob_and_an_image(folder, tmp_path):
+    assert predict(folder, 'in/*.png', tmp_path / 'out').returncode == 0
+    assert sorted(path.name for path in (tmp_path / 'out').iterdir()) == ['0.png', '1.png', '2.png']
+    assert predict(folder, 'in/sub/3.png', tmp_path / 'one').returncode == 0
+    assert [path.name for path in (tmp_path / 'one').iterdir()] == ['3.png']
+
+
+def test_a_video(folder, predictor, tmp_path):
+    done = predict(folder, 'video.avi', tmp_path / 'out.avi', '--batch-size', '4')
+    assert done.returncode == 0, done.stderr
+    frames, found = (read_video(path) for path in (folder / 'video.avi', tmp_path / 'out.avi'))
+    assert len(frames) == len(found) == 11
+    for frame, picture in zip(frames, found, strict=True):
+        expected = frame / 2 + predictor.palette[predictor(frame)][..., ::-1] / 2
+        assert np.abs(picture - expected).mean() < 6  # MJPG changes pixels
+
+
+def read_video(path):
+    capture = cv2.VideoCapture(str(path))
+    frames = []
+    while (frame := capture.read()[1]) is not None:
+        frames.append(frame)
+    return frames
+
+
+@pytest.mark.slow
+def test_cityscapes_label_ids(tmp_path):
+    """The classes of the demo's checkpoint become those of Cityscapes; its servers' numbers are cityscapesscripts'."""
+    from cityscapesscripts.helpers.labels import trainId2label
+
+    names = tuple(trainId2label[i].name for i in range(19))
+    write_checkpoint(tmp_path / 'model.pth', classes=names)
+    tiny_config(classes=names).dump(tmp_path / 'config.py')
+    coarse = np.random.default_rng(0).integers(0, 256, (4, 5, 3), np.uint8)
+    cv2.imwrite(str(tmp_path / 'a.png'), cv2.resize(coarse, (64, 48)))
+    for labels in ('ids', 'cityscapes'):
+        done = predict(tmp_path, 'a.png', labels, '--labels', labels)
+        assert done.returncode == 0, done.stderr
+    ids, label_ids = (cv2.imread(str(tmp_path / name / 'a.png'), -1) for name in ('ids', 'cityscapes'))
+    assert len(np.unique(ids)) > 1
+    assert np.array_equal(label_ids, np.array([trainId2label[i].id for i in range(19)])[ids])
+
+
+BAD = {
+    'empty folder': (['none', 'out'], 2, 'none: the folder holds no image (found: nothing); expected *.jpg, '),
+    'no such file': (['in/9.png', 'out'], 2, 'in/9.png: there is no such file; expected an image, a folder, a glob'),
+    'output is a file': (['in', 'model.pth'], 2, 'model.pth: a file; expected a folder'),
+    'no batch': (['in', 'out', '--batch-size', '0'], 2, '--batch-size 0: expected 1 or more'),
+    'other classes': (
+        ['in', 'out', '--labels', 'cityscapes'],
+        2,
+        '--labels cityscapes: the model has the classes sky, building, pole, road, ...; expected the 19 of Cityscapes',
+    ),
+    'video that is none': (['none.mp4', 'out.mp4'], 1, 'skipped: none.mp4: no frame can be decoded; expected a video'),
+    'no such video': (['nowhere.mp4', 'out.mp4'], 2, 'nowhere.mp4: there is no such video'),
+    'video of no kind': (['video.avi', 'out/out.txt'], 2, 'out.txt: cannot be written as a video'),
+}
+
+
+@pytest.mark.parametrize('case', BAD)
+def test_bad_input(case, folder):
+    (folder / 'none').mkdir(exist_ok=True)
+    (folder / 'none.mp4').write_bytes(b'nothing')
+    args, code, message = BAD[case]
+    done = predict(folder, *args)
+    assert done.returncode == code
+    assert message in done.stderr
+    assert 'Traceback' not in done.stderr
+
+
+def test_two_images_with_one_name_are_refused(folder, tmp_path):
+    for name in ('a.png', 'a.jpg'):
+        Image.open(folder / 'in' / '0.png').save(tmp_path / name)
+    done = predict(folder, tmp_path, tmp_path / 'out')
+    assert done.returncode == 2
+    assert f'{tmp_path}/a.jpg and {tmp_path}/a.png would both become {tmp_path}/out/a.png' in done.stderr

@@ -1,0 +1,252 @@
+"""Predict label maps of an image, a folder, a glob or a video.
+
+  python tools/predict.py CONFIG CHECKPOINT street.jpg labels/
+  python tools/predict.py CONFIG CHECKPOINT 'photos/*.jpg' labels/ --overlays overlays/
+  python tools/predict.py CONFIG CHECKPOINT photos/ labels/ --labels cityscapes
+  python tools/predict.py CONFIG CHECKPOINT drive.mp4 drive_labels.mp4
+
+Writes a PNG file an image: the classes' numbers, or Cityscapes' labelIds, which its servers take. A video becomes a
+video with the classes' colours over it. A bad file is reported and left out; the exit code is then 1.
+"""
+
+import argparse
+import glob
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from numpy import ndarray
+from rich.console import Console
+from rich.progress import track
+
+from mmseg_resnest import cli
+from mmseg_resnest.dataset_check import PICTURES
+from mmseg_resnest.network import DTYPES, Speed, default_speed
+from mmseg_resnest.predictor import AHEAD, Predictor
+
+VIDEOS = ('.mp4', '.avi', '.mov', '.mkv', '.webm', '.m4v')
+CODECS = {'.avi': 'MJPG'}  # others are mp4v
+OPACITY = 0.5
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Returns the tool's options."""
+    parser = cli.make_parser(__doc__)
+    parser.add_argument('checkpoint', help='checkpoint file of tools/train.py')
+    parser.add_argument('input', help='an image, a folder, a glob in quotes, or a video')
+    parser.add_argument('output', type=Path, help='a folder for label maps, or the video to write')
+    cli.add_allow_pickle(parser)
+    parser.add_argument('--overlays', type=Path, metavar='DIR', help="write images under their classes' colours there")
+    parser.add_argument(
+        '--labels', choices=('ids', 'cityscapes'), default='ids', help="numbers of the classes, or Cityscapes' labelIds"
+    )
+    parser.add_argument('--device', help='as cuda:1 or cpu (default: a GPU if there is one)')
+    parser.add_argument('--batch-size', type=int, default=8, metavar='N', help='images that run together (default: 8)')
+    parser.add_argument('--dtype', choices=DTYPES, help='number format (default: float16 on a GPU, float32 on a CPU)')
+    parser.add_argument('--compile', action='store_true', help='compile sizes that repeat, one to two minutes each')
+    return parser
+
+
+def images_of(source: str) -> list[Path]:
+    """Returns the images that a path, a folder or a glob names, sorted.
+
+    Raises:
+        UsageError: There are none.
+    """
+    path = Path(source)
+    if path.is_dir():
+        found = sorted(file for file in path.rglob('*') if file.suffix.lower() in PICTURES)
+        if not found:
+            there = ', '.join(sorted(file.name for file in path.iterdir())[:8]) or 'nothing'
+            raise cli.UsageError(
+                f'{source}: the folder holds no image (found: {there}); expected *{", *".join(PICTURES)}'
+            )
+    elif path.exists():
+        found = [path]
+    else:
+        found = sorted(file for file in map(Path, glob.glob(source, recursive=True)) if file.is_file())
+        if not found:
+            raise cli.UsageError(f'{source}: there is no such file; expected an image, a folder, a glob or a video')
+    return found
+
+
+def outputs_of(images: Sequence[Path], source: str, folder: Path) -> list[Path]:
+    """Returns where each label map goes: under ``folder`` as the image lies under the input.
+
+    Raises:
+        UsageError: Two images would have one label map.
+    """
+    common = Path(source) if Path(source).is_dir() else Path(os.path.commonpath([image.parent for image in images]))
+    outputs = [folder / image.relative_to(common).with_suffix('.png') for image in images]
+    if len(set(outputs)) < len(outputs):
+        twice = next(output for i, output in enumerate(outputs) if output in outputs[:i])
+        same = [str(image) for image, output in zip(images, outputs, strict=True) if output == twice]
+        raise cli.UsageError(f'{" and ".join(same)} would both become {twice}; give a glob that takes one of them')
+    return outputs
+
+
+def ahead(work: Callable, items: Iterable, pool: ThreadPoolExecutor, count: int) -> Iterator[tuple[object, Future]]:
+    """Yields items and the futures of their work, of which ``count`` are begun before they are asked for."""
+    items = iter(items)
+    begun = [(item, pool.submit(work, item)) for item in islice(items, count)]
+    while begun:
+        yield begun.pop(0)
+        begun += [(item, pool.submit(work, item)) for item in islice(items, 1)]
+
+
+def label_table(labels: str, classes: Sequence[str]) -> ndarray | None:
+    """Returns the number to write for each class, (256,) uint8; None if it is the class's own.
+
+    Raises:
+        UsageError: The classes are not those of Cityscapes.
+    """
+    if labels == 'ids':
+        return None
+    try:
+        from cityscapesscripts.helpers.labels import trainId2label
+    except ImportError as error:
+        raise cli.UsageError('--labels cityscapes needs cityscapesscripts: pip install cityscapesscripts') from error
+    names = [trainId2label[i].name for i in range(19)]
+    if list(classes) != names:
+        raise cli.UsageError(
+            f'--labels cityscapes: the model has the classes {", ".join(classes[:4])}, ...; '
+            f'expected the 19 of Cityscapes, {", ".join(names[:4])}, ...'
+        )
+    return np.array([*(trainId2label[i].id for i in range(19)), *[0] * 237], np.uint8)
+
+
+def overlay(image: ndarray, labels: ndarray, palette: ndarray) -> ndarray:
+    """Returns an image (H, W, 3), BGR, under the classes' colours."""
+    return cv2.addWeighted(image, 1 - OPACITY, palette[labels][..., ::-1], OPACITY, 0)
+
+
+def write_picture(path: Path, picture: ndarray) -> None:
+    """Writes a picture, or raises an OSError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    done, data = cv2.imencode(path.suffix, picture)
+    assert done, path
+    path.write_bytes(data)
+
+
+def predict_images(predictor: Predictor, args: argparse.Namespace) -> list[str]:
+    """Predicts images, decoding, computing and encoding at the same time; returns what was bad."""
+    images = images_of(args.input)
+    outputs = dict(zip(images, outputs_of(images, args.input, args.output), strict=True))
+    table = label_table(args.labels, predictor.classes)
+    bad: list[str] = []
+
+    def write(path: Path, labels: ndarray) -> None:
+        write_picture(outputs[path], labels if table is None else table[labels])
+        if args.overlays:
+            picture = overlay(cv2.imread(str(path)), labels, predictor.palette)
+            write_picture(args.overlays / outputs[path].relative_to(args.output), picture)
+
+    threads = max(os.cpu_count() or 1, 2)
+    size = AHEAD * predictor.batch_size
+    with ThreadPoolExecutor(threads) as readers, ThreadPoolExecutor(threads) as writers:
+        prepared = _good(ahead(predictor.prepare, progress(images), readers, 2 * size), bad)
+        writing: list[Future] = []
+        while group := list(islice(prepared, size)):
+            for done in writing:
+                done.result()
+            labels = predictor.predict([item for _, item in group])
+            writing = [writers.submit(write, path, part) for (path, _), part in zip(group, labels, strict=True)]
+        for done in writing:
+            done.result()
+    return bad
+
+
+def _good(items: Iterable[tuple[Path, Future]], bad: list[str]) -> Iterator[tuple[Path, dict]]:
+    """Yields what was prepared; adds what was bad to a list."""
+    for path, future in items:
+        try:
+            yield path, future.result()
+        except (ValueError, OSError, cv2.error) as error:
+            text = ' '.join(str(error).split())
+            bad.append(text if str(path) in text else f'{path}: {text}')
+
+
+def predict_video(predictor: Predictor, args: argparse.Namespace) -> list[str]:
+    """Writes a video with the classes' colours over it; decoding, computing and encoding overlap."""
+    capture = cv2.VideoCapture(args.input)
+    frames = int(capture.get(cv2.CAP_PROP_FRAME_COUNT))
+    first = capture.read()[1]
+    if first is None:
+        return [f'{args.input}: no frame can be decoded; expected a video']
+    height, width = first.shape[:2]
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    codec = cv2.VideoWriter.fourcc(*CODECS.get(args.output.suffix.lower(), 'mp4v'))
+    writer = cv2.VideoWriter(str(args.output), codec, capture.get(cv2.CAP_PROP_FPS) or 25, (width, height))
+    if not writer.isOpened():
+        raise cli.UsageError(f'{args.output}: cannot be written as a video; expected a name as out.mp4 or out.avi')
+    count = 0
+
+    def read(_: int) -> tuple[ndarray, dict] | None:
+        nonlocal first
+        frame = first if first is not None else capture.read()[1]
+        first = None
+        return None if frame is None else (frame, predictor.prepare(frame))
+
+    def write(parts: list[tuple[ndarray, ndarray]]) -> None:
+        for frame, labels in parts:
+            writer.write(overlay(frame, labels, predictor.palette))
+
+    with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as encoder:  # each keeps the order of the frames
+        steps = (future.result() for _, future in ahead(read, _endless(), reader, 2 * predictor.batch_size))
+        steps = progress(iter(steps.__next__, None), frames)
+        written = encoder.submit(write, [])
+        while group := list(islice(steps, predictor.batch_size)):
+            labels = predictor.predict([item for _, item in group])
+            written.result()
+            written = encoder.submit(write, [(frame, part) for (frame, _), part in zip(group, labels, strict=True)])
+            count += len(group)
+        written.result()
+    writer.release()
+    if count < frames:
+        return [f'{args.input}: {count} of {frames} frames could be decoded; the video ends there']
+    return []
+
+
+def _endless() -> Iterator[int]:
+    while True:
+        yield 0
+
+
+def progress(items: Iterable, total: int | None = None) -> Iterable:
+    """Shows a bar where stderr is a terminal."""
+    console = Console(stderr=True)
+    total = len(items) if total is None else total
+    return track(items, 'predicting', total=total or None, console=console, disable=not console.is_terminal)
+
+
+def predict(args: argparse.Namespace) -> None:
+    """Predicts what the command line names; exits with 1 if anything was bad."""
+    cfg = cli.load_config(args, 'test_dataloader')
+    cli.existing_checkpoint(args.checkpoint)
+    if args.batch_size < 1:
+        raise cli.UsageError(f'--batch-size {args.batch_size}: expected 1 or more')
+    is_video = Path(args.input).suffix.lower() in VIDEOS
+    if is_video:
+        cli.existing_file(args.input, 'video', 'give the path of one')
+    else:
+        images_of(args.input)
+        if args.output.is_file():
+            raise cli.UsageError(f'{args.output}: a file; expected a folder for the label maps')
+    device = torch.device(args.device or ('cuda' if torch.cuda.is_available() else 'cpu'))
+    speed = Speed(dtype=args.dtype or default_speed(device).dtype, compile=args.compile)
+    predictor = Predictor(cfg, args.checkpoint, device, speed, args.batch_size)
+    bad = (predict_video if is_video else predict_images)(predictor, args)
+    for line in bad:
+        print(f'predict.py: skipped: {line}', file=sys.stderr)
+    if bad:
+        sys.exit(1)
+
+
+if __name__ == '__main__':
+    cli.run(predict, make_parser())
