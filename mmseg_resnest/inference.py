@@ -19,11 +19,13 @@ class DeferredLogits(PixelData):
 
     Args:
         compute: Returns them, (C, H, W).
+        shape: H and W.
     """
 
-    def __init__(self, compute: Callable[[], Tensor]) -> None:
+    def __init__(self, compute: Callable[[], Tensor], shape: tuple[int, int]) -> None:
         super().__init__()
         object.__setattr__(self, '_compute', compute)
+        object.__setattr__(self, '_shape', shape)
 
     def __getattr__(self, name: str) -> Any:
         """Finds what is not there yet: ``data``."""
@@ -33,9 +35,9 @@ class DeferredLogits(PixelData):
         return self.data
 
     @property
-    def shape(self) -> tuple[int, ...]:
+    def shape(self) -> tuple[int, int]:
         """Height and width."""
-        return tuple(self.data.shape[-2:])
+        return self._shape
 
     def new(self, **kwargs: Any) -> PixelData:
         """Returns a plain copy, on whatever device or in whatever format it is asked for."""
@@ -92,7 +94,8 @@ def finish(
         labels, _ = upsample_argmax(part, placement, threshold=threshold, impl=impl)
         for i, label in zip(same, labels, strict=True):
             samples[i].pred_sem_seg = PixelData(data=label[None])
-            samples[i].seg_logits = DeferredLogits(_deferred(logits[i : i + 1], placement, threshold))
+            compute = _deferred(logits[i : i + 1], placement, threshold)
+            samples[i].seg_logits = DeferredLogits(compute, placement.size)
 
 
 def _deferred(logits: Tensor, placement: Placement, threshold: float | None) -> Callable[[], Tensor]:

@@ -160,14 +160,14 @@ def test_deferred_logits_are_plain_once_read():
         calls.append(1)
         return torch.arange(24.0).view(2, 3, 4)
 
-    sample = SegDataSample(seg_logits=DeferredLogits(compute))
+    sample = SegDataSample(seg_logits=DeferredLogits(compute, (3, 4)))
     assert sample.to_dict()['seg_logits'] == {}
     assert not calls
     assert sample.seg_logits.data[1, 2, 3] == sample.seg_logits.data.max() == 23
     assert len(calls) == 1
     assert sample.seg_logits.shape == (3, 4)
     for change in (copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x)), lambda x: x.cpu(), lambda x: x.numpy()):
-        changed = change(SegDataSample(seg_logits=DeferredLogits(compute))).seg_logits
+        changed = change(SegDataSample(seg_logits=DeferredLogits(compute, (3, 4)))).seg_logits
         assert type(changed) is PixelData
         assert changed.data[1, 2, 3] == 23
     with pytest.raises(AttributeError):
