@@ -81,8 +81,11 @@ class IoUMetric(_IoUMetric):
         self._images += 1
         kept = {key: sample[key] for key in ('img_path', 'seg_map_path', 'pred_sem_seg', 'gt_sem_seg') if key in sample}
         self._unchecked.append((kept, table.sum() - self._last.sum()))
-        if not table.is_cuda or len(self._unchecked) == CHECKED_TOGETHER:
+        if self._looks_at_once(table) or len(self._unchecked) == CHECKED_TOGETHER:
             self._check_all()
+
+    def _looks_at_once(self, table: Tensor) -> bool:
+        return not table.is_cuda
 
     def _check_all(self) -> None:
         """Looks at the pixels that were counted outside the matrix."""

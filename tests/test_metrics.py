@@ -2,11 +2,18 @@
 
 import math
 
+import cv2
 import mmseg.evaluation
+import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from mmengine.dataset import DefaultSampler
 
-from mmseg_resnest.metrics import IoUMetric
+from mmseg_resnest.metrics import IoUMetric, joint_counts
 
 CLASSES = ('road', 'car', 'sky', 'boat')
 # The last pixel of the second image is not labelled; no pixel is, or is taken for, a boat.
@@ -131,3 +138,137 @@ def test_a_second_evaluation_replaces_the_first():
     metric.evaluate(1)
     assert metric.per_class['road'] == dict(IoU=100, Acc=100)
     assert metric.per_class['sky'] == dict(IoU=100, Acc=100)
+
+
+# ------------------------------------------------------------------------------------------------ the same number
+
+
+def test_the_matrix():
+    metric, _ = evaluated(IoUMetric)
+    assert metric.confusion.dtype == torch.int64
+    assert metric.confusion.tolist() == [[3, 1, 0, 0], [1, 3, 0, 0], [0, 1, 2, 0], [0, 0, 0, 0]]
+
+
+def test_counts_above_two_to_the_24th():
+    """float32 would round the union of the road, 2**24 + 4096 pixels, so that the one car in it is lost."""
+    label = torch.zeros(4097, 4096, dtype=torch.uint8)
+    label[0, 0] = 1
+    metric = IoUMetric(iou_metrics=['mIoU'])
+    metric.dataset_meta = dict(classes=('road', 'car'))
+    metric.process({}, [dict(gt_sem_seg=dict(data=label[None]), pred_sem_seg=dict(data=torch.zeros_like(label)[None]))])
+    metric.evaluate(1)
+    assert metric.confusion.tolist() == [[4097 * 4096 - 1, 0], [1, 0]]
+    assert metric.per_class['road']['Acc'] == 100
+    assert metric.per_class['road']['IoU'] < 100
+
+
+@pytest.mark.parametrize('count', [0, 3])
+def test_another_number_of_images_is_refused(count):
+    metric = IoUMetric(iou_metrics=['mIoU'])
+    metric.dataset_meta = dict(classes=CLASSES)
+    for label in PREDICTIONS:
+        metric.process({}, [dict(gt_sem_seg=dict(data=label[None]), pred_sem_seg=dict(data=label[None]))])
+    with pytest.raises(ValueError, match=f'IoUMetric: 2 images were evaluated; expected the {count} of the data set'):
+        metric.evaluate(count)
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    classes=st.integers(2, 260),
+    dtypes=st.tuples(*[st.sampled_from([torch.uint8, torch.int64])] * 2),
+    seed=st.integers(0, 1000),
+)
+def test_joint_counts(classes, dtypes, seed):
+    generator = torch.Generator().manual_seed(seed)
+    label, prediction = (
+        torch.randint(0, min(classes, 256) if dtype == torch.uint8 else classes, (7, 9), generator=generator).to(dtype)
+        for dtype in dtypes
+    )
+    if dtypes[0] == torch.int64:
+        label[0, :3] = torch.tensor([-1, 9999, 1 << 40])
+    counts = joint_counts(label, prediction, 300)
+    expected = torch.zeros(300, 300, dtype=torch.int64)
+    for i, j in zip(label.flatten().tolist(), prediction.flatten().tolist(), strict=True):
+        expected[i if 0 <= i < 300 else 299, j] += 1
+    assert torch.equal(counts, expected)
+
+
+def test_a_gpus_images_are_checked_together(monkeypatch):
+    """As on a GPU, where values are looked at every few images and at the end: the message names the right one."""
+    monkeypatch.setattr(IoUMetric, '_looks_at_once', lambda self, table: False)
+    metric = IoUMetric(iou_metrics=['mIoU'])
+    metric.dataset_meta = dict(classes=CLASSES)
+
+    def process(name, value):
+        label = torch.full((1, 2, 2), value)
+        sample = dict(seg_map_path=name, gt_sem_seg=dict(data=label), pred_sem_seg=dict(data=torch.zeros_like(label)))
+        metric.process({}, [sample])
+
+    process('a.png', 0)
+    process('b.png', 17)
+    process('c.png', 1)
+    with pytest.raises(ValueError, match=r'b\.png: the label has values 17 at 4 pixels'):
+        metric.evaluate(3)
+    metric._reset()
+    with pytest.raises(ValueError, match=r'2\.png: the label has values 9 at 4 pixels'):
+        for i in range(8):
+            process(f'{i}.png', 9 if i == 2 else 0)
+
+
+def _rank(rank, world_size, count, folder):
+    dist.init_process_group('gloo', init_method=f'file://{folder}/store', rank=rank, world_size=world_size)
+    images = torch.arange(count)
+    metric = IoUMetric(iou_metrics=['mIoU'])
+    metric.dataset_meta = dict(classes=('a', 'b'))
+    for i in DefaultSampler(images, shuffle=False):
+        label = torch.zeros(1, 1, 2 ** int(i), dtype=torch.uint8)  # each image's size is its own bit
+        metric.process({}, [dict(gt_sem_seg=dict(data=label), pred_sem_seg=dict(data=label))])
+    metric.evaluate(count)
+    torch.save(metric.confusion, f'{folder}/{rank}.pth')
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(('world_size', 'count'), [(2, 4), (2, 5), (3, 7), (4, 9), (3, 1)])
+def test_default_sampler_counts_each_image_once(world_size, count, tmp_path):
+    mp.spawn(_rank, (world_size, count, str(tmp_path)), nprocs=world_size)
+    for rank in range(world_size):
+        assert torch.load(tmp_path / f'{rank}.pth').tolist() == [[2**count - 1, 0], [0, 0]]
+
+
+@pytest.mark.slow
+def test_equals_cityscapesscripts(tmp_path, monkeypatch):
+    """Its own evaluation, run on a generated set in Cityscapes' layout: labelIds in, each class's IoU out."""
+    monkeypatch.setenv('CITYSCAPES_DATASET', str(tmp_path))
+    monkeypatch.setattr(np, 'in1d', np.isin, raising=False)  # which it calls, and NumPy no longer has
+    from cityscapesscripts.evaluation import evalPixelLevelSemanticLabeling as evaluation
+    from cityscapesscripts.helpers.labels import id2label, trainId2label
+
+    random = np.random.default_rng(0)
+    metric = IoUMetric(iou_metrics=['mIoU'])
+    metric.dataset_meta = dict(classes=tuple(trainId2label[i].name for i in range(19)))
+    truths, predictions = [], []
+    to_train = np.array([id2label[i].trainId % 256 for i in range(34)], np.uint8)  # 255: ignored
+    to_id = np.array([trainId2label[i].id for i in range(19)], np.uint8)
+    for i in range(3):
+        label = random.integers(0, 34, (12, 16), np.uint8).repeat(8, 0).repeat(8, 1)
+        guess = np.where(random.random(label.shape) < 0.7, to_train[label], random.integers(0, 19, label.shape))
+        guess = np.where(guess == 255, 3, guess).astype(np.uint8)
+        for folder, suffix, values, paths in (
+            ('gtFine', '_gtFine_labelIds', label, truths),
+            ('results', '', to_id[guess], predictions),
+        ):
+            path = tmp_path / folder / 'val' / 'a' / f'a_{i:06}_000019{suffix}.png'
+            path.parent.mkdir(parents=True, exist_ok=True)
+            cv2.imwrite(str(path), values)
+            paths.append(str(path))
+        sample = dict(gt_sem_seg=dict(data=torch.from_numpy(to_train[label])[None]))
+        metric.process({}, [sample | dict(pred_sem_seg=dict(data=torch.from_numpy(guess)[None]))])
+    figures = metric.evaluate(3)
+    args = evaluation.args
+    args.evalInstLevelScore, args.quiet, args.JSONOutput = False, True, False
+    args.evalPixelAccuracy = True
+    result = evaluation.evaluateImgLists(predictions, truths, args)
+    assert figures['mIoU'] == round(100 * result['averageScoreClasses'], 2)
+    for name, values in metric.per_class.items():
+        assert values['IoU'] == pytest.approx(100 * result['classScores'][name], abs=1e-9)

@@ -1,0 +1,49 @@
+"""mmseg_resnest.benchmark.inference, each task in a tiny size; its figures are for real machines."""
+
+import sys
+
+import pytest
+from tiny import ROOT
+
+from mmseg_resnest.benchmark.inference import ADE_SIZES, ROWS, Row, Spec, compare, line, measure, run_alone, sizes_of
+
+CONFIG = str(ROOT / 'configs' / 'pspnet_resnest50_ade20k.py')
+TINY = {'model.backbone.depth': 14, 'model.decode_head.channels': 8, 'model.auxiliary_head.channels': 8}
+TINY |= {'model.decode_head.num_classes': 5, 'model.auxiliary_head.num_classes': 5}
+TINY |= {'test_dataloader.num_workers': 0, 'test_dataloader.persistent_workers': False}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('side', ['ours', 'mmseg'])
+@pytest.mark.parametrize('task', ['latency', 'test', 'tta'])
+def test_each_task(task, side):
+    result = run_alone(Spec(task, side, CONFIG, (40, 56), repeats=2, options=TINY))
+    assert result['ms'] > 0
+    assert result['task'] == task
+
+
+@pytest.mark.slow
+def test_after_the_network_ours_is_faster():
+    row = Row('after', 'after_network', 'mmseg', (256, 344), 3, 5, 3)
+    result = compare(row, CONFIG)
+    assert result['ratio'] == result['theirs']['ms'] / result['ours']['ms'] > 1
+    assert line(result).startswith('after ')
+
+
+def test_the_mix_of_sizes():
+    sizes = sizes_of(Spec('test', 'ours', CONFIG, None, repeats=1000))
+    assert set(sizes) == set(ADE_SIZES)
+    assert 400 < sizes.count((683, 512)) < 500
+    assert sizes_of(Spec('test', 'ours', CONFIG, (1024, 2048), repeats=2)) == [(2048, 1024)] * 2
+    assert len({(row.name, row.against) for row in ROWS}) == len(ROWS)
+
+
+def test_without_smp_the_error_says_how_to_get_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, 'segmentation_models_pytorch', None)
+    with pytest.raises(ImportError, match='--against smp needs it: pip install segmentation-models-pytorch'):
+        measure(Spec('latency', 'smp', CONFIG, (40, 56)))
+
+
+def test_a_side_that_fails_says_why():
+    with pytest.raises(RuntimeError, match=r'(?s)mmseg, test: .*nowhere\.py'):
+        run_alone(Spec('test', 'mmseg', 'nowhere.py', (40, 56)))
