@@ -103,7 +103,7 @@ def test_training(trained):
     assert f'Trained 2 iterations; checkpoints and the log are in {trained}/w\n' in log
     assert '|   Class    |' in log
     assert '| pedestrian |' in log
-    assert 'Iter(val) [4/4]    aAcc: ' in log
+    assert 'Iter(val) [1/1]    aAcc: ' in log
     checkpoint = torch.load(trained / 'w' / 'iter_2.pth', weights_only=False)
     assert checkpoint['meta']['iter'] == 2
     assert checkpoint['meta']['seed'] == 1
@@ -260,7 +260,7 @@ def test_testing(trained, tmp_path):
     assert content['classes']['bicyclist'] == dict(IoU=None, Acc=None)  # neither labelled nor predicted
     assert out.endswith(f'mIoU {content["mIoU"]:.2f}  mAcc {content["mAcc"]:.2f}  aAcc {content["aAcc"]:.2f}\n')
     (validated,) = re.findall(
-        r'Iter\(val\) \[4/4\] +aAcc: (\S+) +mIoU: (\S+) +mAcc: (\S+)', (trained / 'stdout').read_text()
+        r'Iter\(val\) \[1/1\] +aAcc: (\S+) +mIoU: (\S+) +mAcc: (\S+)', (trained / 'stdout').read_text()
     )
     assert [float(value) for value in validated] == [content[name] for name in ('aAcc', 'mIoU', 'mAcc')]
     pictures = sorted((tmp_path / 'show').rglob('*.png'))

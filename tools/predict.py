@@ -5,8 +5,9 @@
   python tools/predict.py CONFIG CHECKPOINT photos/ labels/ --labels cityscapes
   python tools/predict.py CONFIG CHECKPOINT drive.mp4 drive_labels.mp4
 
-Writes a PNG file an image: the classes' numbers, or Cityscapes' labelIds, which its servers take. A video becomes a
-video with the classes' colours over it. A bad file is reported and left out; the exit code is then 1.
+Writes a PNG file an image: the classes' numbers, or Cityscapes' labelIds, which its servers take.
+A video becomes a video with the classes' colours over it. A bad file is reported and left out; the
+exit code is then 1.
 """
 
 import argparse

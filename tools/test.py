@@ -6,9 +6,9 @@
   python tools/test.py CONFIG CHECKPOINT --exact
   torchrun --nproc-per-node 4 tools/test.py CONFIG CHECKPOINT
 
-The launcher is detected; a GPU is used where there is one. Images of one size make a batch, batch norm is folded, and
-on a GPU the network runs in float16 and, where a size repeats, from CUDA graphs; docs/prediction.md says what each
-changes.
+The launcher is detected; a GPU is used where there is one. Images of one size make a batch, batch
+norm is folded, and on a GPU the network runs in float16 and, where a size repeats, from CUDA
+graphs; docs/prediction.md says what each changes.
 """
 
 import argparse
