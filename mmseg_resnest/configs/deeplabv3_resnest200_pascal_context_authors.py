@@ -120,7 +120,7 @@ param_scheduler = [
         type='PolyLR'),
 ]
 resume = False
-sync_bn = 'torch'
+sync_bn = 'mmseg_resnest.SyncBN'
 test_cfg = dict(type='TestLoop')
 test_dataloader = dict(
     batch_size=1,
