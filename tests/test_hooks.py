@@ -148,7 +148,11 @@ def test_one_image_and_batch_norm_are_refused_before_the_first_step(tmp_path):
     assert message.startswith(
         f'train_dataloader.batch_size=1, but {norms} batch norm layers train (the first: backbone.conv1.1)'
     )
-    for fix in ('train_dataloader.batch_size=2', 'sync_bn="mmseg_resnest.SyncBN"', 'norm_cfg=dict(type="GN", num_groups=8)'):
+    for fix in (
+        'train_dataloader.batch_size=2',
+        'sync_bn="mmseg_resnest.SyncBN"',
+        'norm_cfg=dict(type="GN", num_groups=8)',
+    ):
         assert fix in message
 
 

@@ -92,6 +92,7 @@ model = dict(
     decode_head=dict(
         align_corners=False,
         channels=512,
+        conv_cfg=dict(type='mmseg_resnest.DilatedConv2d'),
         dilations=(
             1,
             12,
@@ -107,7 +108,7 @@ model = dict(
         type='ASPPHead'),
     test_cfg=dict(mode='whole'),
     train_cfg=dict(),
-    type='mmseg.EncoderDecoder')
+    type='mmseg_resnest.EncoderDecoder')
 optim_wrapper = dict(
     dtype='bfloat16',
     optimizer=dict(lr=0.01, momentum=0.9, type='SGD', weight_decay=0.0005),

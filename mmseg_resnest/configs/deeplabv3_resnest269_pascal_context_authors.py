@@ -100,7 +100,7 @@ model = dict(
         320,
     )),
     train_cfg=dict(),
-    type='mmseg.EncoderDecoder')
+    type='mmseg_resnest.EncoderDecoder')
 optim_wrapper = dict(
     dtype='bfloat16',
     optimizer=dict(lr=0.001, momentum=0.9, type='SGD', weight_decay=0.0001),

@@ -90,7 +90,7 @@ model = dict(
         type='FCNHead'),
     test_cfg=dict(mode='whole'),
     train_cfg=dict(),
-    type='mmseg.EncoderDecoder')
+    type='mmseg_resnest.EncoderDecoder')
 optim_wrapper = dict(
     dtype='bfloat16',
     optimizer=dict(lr=0.01, momentum=0.9, type='SGD', weight_decay=0.0005),

@@ -1,5 +1,6 @@
 """Operations between low-resolution logits and a number or a label map; one public function a file."""
 
+from mmseg_resnest.ops.dilated_conv2d import dilated_conv2d
 from mmseg_resnest.ops.upsample_cross_entropy import upsample_cross_entropy
 
-__all__ = ['upsample_cross_entropy']
+__all__ = ['dilated_conv2d', 'upsample_cross_entropy']
