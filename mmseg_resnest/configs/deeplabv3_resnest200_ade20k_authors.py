@@ -102,7 +102,8 @@ model = dict(
     type='mmseg_resnest.EncoderDecoder')
 optim_wrapper = dict(
     dtype='bfloat16',
-    optimizer=dict(lr=0.01, momentum=0.9, type='SGD', weight_decay=0.0001),
+    optimizer=dict(
+        fused=True, lr=0.01, momentum=0.9, type='SGD', weight_decay=0.0001),
     paramwise_cfg=dict(
         custom_keys=dict(
             auxiliary_head=dict(lr_mult=10.0), decode_head=dict(

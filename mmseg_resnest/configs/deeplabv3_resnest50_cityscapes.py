@@ -111,7 +111,8 @@ model = dict(
     type='mmseg_resnest.EncoderDecoder')
 optim_wrapper = dict(
     dtype='bfloat16',
-    optimizer=dict(lr=0.01, momentum=0.9, type='SGD', weight_decay=0.0005),
+    optimizer=dict(
+        fused=True, lr=0.01, momentum=0.9, type='SGD', weight_decay=0.0005),
     type='mmseg_resnest.AutocastOptimWrapper')
 param_scheduler = [
     dict(
