@@ -213,7 +213,7 @@ def _segmentor_step(side: str, cfg: Config, batch: dict) -> Callable[[], object]
         cfg = _mmseg_config(cfg)
         dtype = dict(fp16='float16', bf16='bfloat16')[side[-4:]]
         scale = dict(loss_scale='dynamic') if dtype == 'float16' else {}
-        wrapper = dict(type='AmpOptimWrapper', dtype=dtype, optimizer=wrapper.optimizer, **scale)
+        wrapper = dict(type='AmpOptimWrapper', dtype=dtype, optimizer=cfg.optim_wrapper.optimizer, **scale)
         if _device() == 'cpu':  # where AMP is refused; ours does without it too
             wrapper = dict(type='OptimWrapper', optimizer=wrapper['optimizer'])
     else:
