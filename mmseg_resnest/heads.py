@@ -12,6 +12,7 @@ from mmcv.cnn import build_norm_layer
 from mmseg.models.decode_heads.decode_head import BaseDecodeHead
 from torch import Tensor, nn
 
+from mmseg_resnest.conv import DilatedConv2d
 from mmseg_resnest.registry import MODELS
 
 
@@ -20,7 +21,7 @@ def _conv_norm_relu(
 ) -> list[nn.Module]:
     padding = dilation * (kernel_size // 2)
     return [
-        nn.Conv2d(in_channels, channels, kernel_size, padding=padding, dilation=dilation, bias=False),
+        DilatedConv2d(in_channels, channels, kernel_size, padding=padding, dilation=dilation, bias=False),
         build_norm_layer(norm_cfg, channels)[1],
         nn.ReLU(inplace=True),
     ]

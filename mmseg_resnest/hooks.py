@@ -25,6 +25,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmseg_resnest.checkpoints import model_weights, read_checkpoint
+from mmseg_resnest.norm import SyncBatchNorm
 from mmseg_resnest.optim import AutocastOptimWrapper, StepCheck
 from mmseg_resnest.registry import HOOKS
 from mmseg_resnest.steps import files_of, random_state, save_step
@@ -46,13 +47,13 @@ class BatchNormCheckHook(Hook):
             for name, module in runner.model.named_modules()
             if isinstance(module, _BatchNorm)
             and module.training
-            and not (synchronised and isinstance(module, nn.SyncBatchNorm))
+            and not (synchronised and isinstance(module, nn.SyncBatchNorm | SyncBatchNorm))
         ]
         if layers:
             raise ValueError(
                 f'train_dataloader.batch_size=1, but {len(layers)} batch norm layers train (the first: {layers[0]}): '
                 'one image has no batch statistics. Use train_dataloader.batch_size=2 or more, '
-                'several processes with sync_bn="torch", or norm_cfg=dict(type="GN", num_groups=8) '
+                'several processes with sync_bn="mmseg_resnest.SyncBN", or norm_cfg=dict(type="GN", num_groups=8) '
                 'in the backbone and the heads, from scratch: model.backbone.init_cfg=None (the weights are for BN).'
             )
 

@@ -25,7 +25,8 @@ def set_launcher(cfg: Config) -> None:
         _export_slurm()
     cfg.launcher = 'none' if launcher == 'python' else 'pytorch'
     if cfg.launcher == 'pytorch' and not torch.cuda.is_available():
-        cfg.sync_bn = None  # torch's SyncBatchNorm is for GPUs
+        if cfg.get('sync_bn') == 'torch':
+            cfg.sync_bn = 'mmseg_resnest.SyncBN'  # the same on CPUs, for which torch's is not
         cfg.model_wrapper_cfg = dict(type='MMDistributedDataParallel', device_ids=None, broadcast_buffers=False)
         if not torch.distributed.is_initialized():
             torch.distributed.init_process_group('gloo')

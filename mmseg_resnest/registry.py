@@ -31,7 +31,7 @@ def _child_of(parent: Registry, *modules: str) -> ResNeStRegistry:
     return ResNeStRegistry(parent.name, parent=parent, scope='mmseg_resnest', locations=locations)
 
 
-MODELS = _child_of(root.MODELS, 'resnest', 'heads', 'tta', 'segmentor')
+MODELS = _child_of(root.MODELS, 'conv', 'resnest', 'heads', 'tta', 'segmentor', 'norm')
 OPTIM_WRAPPERS = _child_of(root.OPTIM_WRAPPERS, 'optim')
 HOOKS = _child_of(root.HOOKS, 'hooks')
 METRICS = _child_of(root.METRICS, 'metrics')

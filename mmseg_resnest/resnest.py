@@ -11,11 +11,14 @@ import torch
 from mmcv.cnn import build_norm_layer
 from mmengine.model import BaseModule, PretrainedInit
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from mmseg_resnest.checkpoints import load_pretrained_backbone
+from mmseg_resnest.norm import batch_norm_parts
 from mmseg_resnest.registry import MODELS
+from mmseg_resnest.training_pass import call
 from mmseg_resnest.variants import ARCHITECTURES
 
 Norm = Callable[[int], nn.Module]
@@ -27,6 +30,7 @@ LAYOUTS = {
     32: ((1, 2, 2, 2), (1, 1, 1, 1)),
 }
 GRAPHS = ('authors', 'mmseg', 'timm')
+EXECUTIONS = ('grouped', 'split', 'dense')
 
 
 class SplitAttentionConv2d(nn.Module):
@@ -37,6 +41,9 @@ class SplitAttentionConv2d(nn.Module):
     :math:`V_c = \sum_r \mathrm{softmax}_r(a)_{r,c}\, U_{r,c}`; with radix 1 the softmax becomes a sigmoid
     (squeeze-and-excitation). The channels are radix-major: those of one radix index stand together, ordered by group.
 
+    The convolution is stored as one with ``groups * radix`` groups, and executed as ``execution`` says; the result is
+    the same.
+
     Args:
         channels: Input and output channels C.
         radix: Number of splits R of a cardinal group, at least 1.
@@ -44,9 +51,20 @@ class SplitAttentionConv2d(nn.Module):
         stride: Stride of the convolution.
         dilation: Dilation of the convolution.
         norm: Makes a normalisation layer for a number of channels.
+        execution: ``'grouped'``, as stored; ``'split'``, a convolution a radix index on tensors of their own;
+            ``'dense'``, one convolution without groups, with zeros between them; None: the fastest on the device.
     """
 
-    def __init__(self, channels: int, radix: int, groups: int, stride: int, dilation: int, norm: Norm) -> None:
+    def __init__(
+        self,
+        channels: int,
+        radix: int,
+        groups: int,
+        stride: int,
+        dilation: int,
+        norm: Norm,
+        execution: str | None,
+    ) -> None:
         super().__init__()
         attention_channels = max(channels * radix // 4, 32)
         if channels % (groups * radix) or attention_channels % groups:
@@ -56,6 +74,7 @@ class SplitAttentionConv2d(nn.Module):
             )
         self.radix = radix
         self.groups = groups
+        self.execution = execution
         self.conv = nn.Conv2d(
             channels, channels * radix, 3, stride, dilation, dilation, groups=groups * radix, bias=False
         )
@@ -65,19 +84,51 @@ class SplitAttentionConv2d(nn.Module):
         self.bn1 = norm(attention_channels)
         self.fc2 = nn.Conv2d(attention_channels, channels * radix, 1, groups=groups)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Maps (B, C, H, W) to (B, C, H / stride, W / stride)."""
-        splits = self.relu(self.bn0(self.conv(x))).unflatten(1, (self.radix, -1))  # (B, R, C, H, W)
-        pooled = splits.sum(1).mean((2, 3), keepdim=True)
-        attention = self.fc2(self.relu(self.bn1(self.fc1(pooled))))
-        return (self._normalise(attention) * splits).sum(1)
+    def execution_on(self, device: torch.device) -> str:
+        """How the convolution is executed there. Measured on H100 and H200, in bfloat16, channels-last."""
+        if self.execution is not None:
+            return self.execution
+        if device.type != 'cuda' or self.radix == 1 or not isinstance(self.bn0, _BatchNorm):
+            return 'grouped'
+        return 'dense' if self.conv.in_channels <= 64 else 'split'
 
-    def _normalise(self, attention: Tensor) -> Tensor:
-        """Turns fc2's (B, K * R * C/K, 1, 1), which is cardinality-major, into weights (B, R, C, 1, 1)."""
+    def forward(self, x: Tensor | Sequence[Tensor]) -> Tensor:
+        """Maps (B, C, H, W), or for ``'split'`` its parts (B, C / radix, H, W), to (B, C, H / stride, W / stride)."""
+        splits = self._splits(x)
+        pooled = sum(splits[1:], splits[0]).mean((2, 3), keepdim=True)
+        attention = self._normalise(self.fc2(self.relu(self.bn1(self.fc1(pooled)))))
+        weighted = [weight * split for weight, split in zip(attention, splits, strict=True)]
+        return sum(weighted[1:], weighted[0])
+
+    def _splits(self, x: Tensor | Sequence[Tensor]) -> Sequence[Tensor]:
+        """Returns the splits U_r, each (B, C, H / stride, W / stride)."""
+        conv = self.conv
+        if not isinstance(x, Tensor):
+            weights = conv.weight.chunk(self.radix)
+            convolve = partial(F.conv2d, stride=conv.stride, padding=conv.padding, dilation=conv.dilation)
+            splits = [convolve(part, weight, groups=self.groups) for part, weight in zip(x, weights, strict=True)]
+            return [self.relu(split) for split in batch_norm_parts(splits, self.bn0)]
+        if self.execution_on(x.device) == 'dense':
+            x = F.conv2d(x, _without_groups(conv.weight, conv.groups), None, conv.stride, conv.padding, conv.dilation)
+        else:
+            x = conv(x)
+        return self.relu(self.bn0(x)).chunk(self.radix, 1)
+
+    def _normalise(self, attention: Tensor) -> Sequence[Tensor]:
+        """Turns fc2's (B, K * R * C/K, 1, 1), which is cardinality-major, into R weights (B, C, 1, 1)."""
         if self.radix == 1:
-            return attention.sigmoid().unsqueeze(1)
+            return (attention.sigmoid(),)
         attention = attention.unflatten(1, (self.groups, self.radix, -1)).softmax(2)
-        return attention.transpose(1, 2).flatten(2, 3)
+        return [weight.flatten(1, 2) for weight in attention.unbind(2)]
+
+
+def _without_groups(weight: Tensor, groups: int) -> Tensor:
+    """Returns a grouped convolution's weight (O, I / groups, k, k) as (O, I, k, k), zero between the groups."""
+    inputs = weight.shape[1]
+    parts = [
+        F.pad(part, (0, 0, 0, 0, i * inputs, (groups - 1 - i) * inputs)) for i, part in enumerate(weight.chunk(groups))
+    ]
+    return torch.cat(parts)
 
 
 class Bottleneck(nn.Module):
@@ -130,18 +181,26 @@ class Bottleneck(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Maps (B, in_channels, H, W) to (B, 4 * planes, H / stride, W / stride)."""
         if self.with_cp and self.training and torch.is_grad_enabled():
-            return checkpoint(self._forward, x, use_reentrant=False, context_fn=self._checkpoint_contexts)
+            contexts = self._checkpoint_contexts
+            # Nothing in a block is random, and a CUDA graph could not store the generator's state.
+            return checkpoint(self._forward, x, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
         return self._forward(x)
 
     def _forward(self, x: Tensor) -> Tensor:
-        out = self.relu(self.bn1(self.conv1(x)))
-        if self.avd_first is not None:
-            out = self.avd_first(out)
-        out = self.conv2(out)
+        out = self.conv1(x)
+        if self.conv2.execution_on(x.device) == 'split':
+            parts = batch_norm_parts(out.chunk(self.conv2.radix, 1), self.bn1)
+            out = self.conv2([self._before_conv2(part) for part in parts])
+        else:
+            out = self.conv2(self._before_conv2(self.bn1(out)))
         if self.avd_last is not None:
             out = self.avd_last(out)
         out = self.bn3(self.conv3(out))
         return self.relu(out + (x if self.downsample is None else self.downsample(x)))
+
+    def _before_conv2(self, x: Tensor) -> Tensor:
+        x = self.relu(x)
+        return x if self.avd_first is None else self.avd_first(x)
 
     def _checkpoint_contexts(self) -> tuple[AbstractContextManager, AbstractContextManager]:
         return nullcontext(), self._running_statistics_kept()
@@ -205,6 +264,7 @@ class ResNeSt(BaseModule):
         norm_eval: bool = False,
         frozen_stages: int = -1,
         with_cp: bool = False,
+        radix_conv: str | None = None,
         init_cfg: dict | list[dict] | None = None,
     ) -> None:
         default_init = [
@@ -215,6 +275,7 @@ class ResNeSt(BaseModule):
         _check_choice('depth', depth, ARCHITECTURES)
         _check_choice('output_stride', output_stride, LAYOUTS)
         _check_choice('graph', graph, GRAPHS)
+        _check_choice('radix_conv', radix_conv, (None, *EXECUTIONS))
         _check_choice('frozen_stages', frozen_stages, range(-1, 5))
         for index in out_indices if isinstance(out_indices, Sequence) and out_indices else [out_indices]:
             _check_choice('out_indices', index, range(4))
@@ -231,7 +292,7 @@ class ResNeSt(BaseModule):
         norm = partial(_norm_layer, norm_cfg or dict(type='BN'))
         block = partial(
             Bottleneck,
-            attention=partial(SplitAttentionConv2d, radix=radix, groups=groups),
+            attention=partial(SplitAttentionConv2d, radix=radix, groups=groups, execution=radix_conv),
             avd_first=avd_first,
             norm=norm,
             with_cp=with_cp,
@@ -260,17 +321,25 @@ class ResNeSt(BaseModule):
             channels = planes * Bottleneck.expansion
         self._freeze()
 
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, x: Tensor, call: Callable = call) -> tuple[Tensor, ...]:
         """Maps an image (B, in_channels, H, W) to the feature maps of ``out_indices``, the finest first.
 
         Stage i has 256 * 2**i channels and stride 4, 8, 16, 32, but no more than ``output_stride``.
+
+        Args:
+            x: The image.
+            call: Calls the stem and each block: ``call(block, x)`` returns ``block(x)``.
         """
-        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+        x = call(self._stem, x)
         features = []
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
-            x = stage(x)
+            for block in stage:
+                x = call(block, x)
             features.append(x)
         return tuple(features[i] for i in self.out_indices)
+
+    def _stem(self, x: Tensor) -> Tensor:
+        return self.maxpool(self.relu(self.bn1(self.conv1(x))))
 
     def init_weights(self) -> None:
         """Initialises the weights as ``init_cfg`` says; pretrained ones must fit, key by key.

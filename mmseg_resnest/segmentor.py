@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from mmseg_resnest.inference import finish, placement_of, slide
 from mmseg_resnest.ops import upsample_cross_entropy
 from mmseg_resnest.registry import MODELS
+from mmseg_resnest.resnest import ResNeSt
+from mmseg_resnest.training_pass import TrainingGraphs, call, compiled_call
 
 
 @MODELS.register_module()
@@ -24,14 +26,57 @@ class EncoderDecoder(_EncoderDecoder):
     ``ops.upsample_cross_entropy``; any other takes mmsegmentation's own path. The log says once which. Names and values
     of the losses are mmsegmentation's, but where a loss is averaged over what is not ignored (``avg_non_ignore``,
     ``class_weight``): that is counted over all ranks.
+
+    On a GPU training runs channels-last, compiled and as CUDA graphs; a CPU does none of it.
+
+    Args:
+        *args: mmsegmentation's EncoderDecoder's.
+        fused_loss: Whether to fuse the losses that can be.
+        channels_last: Whether weights and images are channels-last on a GPU.
+        compiled: Whether to compile the blocks of the backbone and the heads on a GPU, at the first batch.
+        cuda_graphs: Whether to capture the network's forward and backward pass, at the first batch. Their memory is
+            kept. Heads whose losses are not fused run outside of them.
+        **kwargs: mmsegmentation's EncoderDecoder's.
     """
 
-    def __init__(self, *args, **kwargs) -> None:
+    def __init__(
+        self,
+        *args,
+        fused_loss: bool = True,
+        channels_last: bool = True,
+        compiled: bool = True,
+        cuda_graphs: bool = True,
+        **kwargs,
+    ) -> None:
         super().__init__(*args, **kwargs)
+        self.channels_last = channels_last
+        self.compiled = compiled
+        self.cuda_graphs = cuda_graphs
+        self._graphs: TrainingGraphs | None = None
+        self._fused = []
         for name, head in self._heads().items():
-            reason = why_not_fused(head)
+            reason = why_not_fused(head) if fused_loss else 'fused_loss=False'
+            if not reason:
+                self._fused.append(name)
             path = f"mmsegmentation's own: {reason}" if reason else 'fused with the upsampling'
             print_log(f'{name}: {type(head).__name__}, loss {path}', logger='current')
+
+    def __getstate__(self) -> dict:
+        """Copies, as an average of the weights makes them, capture graphs of their own."""
+        return super().__getstate__() | dict(_graphs=None)
+
+    def to(self, *args, **kwargs) -> 'EncoderDecoder':
+        """Moves the model; on a GPU its weights become channels-last."""
+        return super().to(*args, **kwargs)._lay_out()
+
+    def cuda(self, device: int | str | torch.device | None = None) -> 'EncoderDecoder':
+        """Moves the model; its weights become channels-last."""
+        return super().cuda(device)._lay_out()
+
+    def _lay_out(self) -> 'EncoderDecoder':
+        if self.channels_last and next(self.parameters()).is_cuda:
+            super().to(memory_format=torch.channels_last)
+        return self
 
     def _heads(self) -> dict[str, nn.Module]:
         """Returns the heads under the prefixes of their losses."""
@@ -43,15 +88,37 @@ class EncoderDecoder(_EncoderDecoder):
 
     def loss(self, inputs: Tensor, data_samples: SampleList) -> dict[str, Tensor]:
         """Returns the losses and accuracies of all heads for images (N, 3, H, W)."""
-        features = self.extract_feat(inputs)
+        outputs = self._run_network(inputs)
+        logits = dict(zip(self._fused, outputs, strict=False))
+        features = outputs[len(self._fused) :]
         losses = {}
         for name, head in self._heads().items():
-            if why_not_fused(head):
-                head_losses = head.loss(features, data_samples, self.train_cfg)
+            if name in logits:
+                head_losses = fused_loss(head, logits[name], head._stack_batch_gt(data_samples).squeeze(1))
             else:
-                head_losses = fused_loss(head, head(features), head._stack_batch_gt(data_samples).squeeze(1))
+                head_losses = head.loss(features, data_samples, self.train_cfg)
             losses |= add_prefix(head_losses, name)
         return losses
+
+    def _run_network(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Returns what ``_network`` does, by the fastest way that is switched on."""
+        if images.is_cuda and self.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        if not (images.is_cuda and self.cuda_graphs and torch.is_grad_enabled()):
+            return self._network(images)
+        if self._graphs is None:
+            self._graphs = TrainingGraphs(self._network, self)
+        return self._graphs(images)
+
+    def _network(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Returns the logits of the heads whose loss is fused and, if there are others, the feature maps."""
+        run = compiled_call if images.is_cuda and self.compiled else call
+        features = self.backbone(images, run) if isinstance(self.backbone, ResNeSt) else run(self.backbone, images)
+        if self.with_neck:
+            features = run(self.neck, features)
+        heads = self._heads()
+        logits = [run(heads[name], features) for name in self._fused]
+        return (*logits, *(features if len(logits) < len(heads) else ()))
 
     # What maps images (N, 3, H, W) to low-resolution logits in prediction, if not the model as it is: see network.py.
     network: Callable[[Tensor], Tensor] | None = None

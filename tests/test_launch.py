@@ -65,7 +65,7 @@ def test_one_process_of_torchrun_on_a_cpu(monkeypatch):
             assert torch.distributed.get_world_size() == 1
         finally:
             torch.distributed.destroy_process_group()
-    assert (cfg.launcher, cfg.sync_bn) == ('pytorch', None)
+    assert (cfg.launcher, cfg.sync_bn) == ('pytorch', 'mmseg_resnest.SyncBN')
     assert cfg.model_wrapper_cfg == dict(type='MMDistributedDataParallel', device_ids=None, broadcast_buffers=False)
 
 

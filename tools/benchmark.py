@@ -1,66 +1,22 @@
-"""Measure how fast a config trains: images/s and peak memory of whole training steps on random data.
+"""Measure how fast configs train: images/s, peak memory and the kinds of work in whole training steps.
 
-  python tools/benchmark.py train configs/deeplabv3_resnest101_ade20k.py
-  python tools/benchmark.py train configs/*.py --json speeds.json
+  python tools/benchmark.py train configs/deeplabv3_resnest101_ade20k.py --against mmseg
+  python tools/benchmark.py train configs/deeplabv3_resnest101_ade20k.py --against smp --json speeds.json
+  python tools/benchmark.py train configs/*.py
 
-The data pipeline is not in it; the step is the Runner's own: preprocessing, forward, loss, backward, optimiser.
+Each side runs in a fresh process, one after the other, on the same random batch. The data pipeline is not in it. The
+first steps, which compile, take minutes.
 """
 
 import argparse
 import json
-import statistics
-import sys
-import time
 from pathlib import Path
 
 import torch
-from mmengine.config import Config, DictAction
-from mmengine.optim import build_optim_wrapper
-from mmengine.registry import MODELS, init_default_scope
-from mmengine.structures import PixelData
-from mmseg.structures import SegDataSample
+from mmengine.config import DictAction
 
 from mmseg_resnest import cli
-
-
-def make_batch(cfg: Config, device: str) -> dict:
-    """Returns a batch as a data loader gives it: uint8 images and labels of the config's crop and batch size."""
-    height, width = cfg.model.data_preprocessor.size
-    classes = cfg.model.decode_head.num_classes
-    generator = torch.Generator().manual_seed(0)
-    inputs, samples = [], []
-    for _ in range(cfg.train_dataloader.batch_size):
-        inputs.append(torch.randint(256, (3, height, width), generator=generator, dtype=torch.uint8).to(device))
-        label = torch.randint(classes, (1, height, width), generator=generator).to(device)
-        samples.append(SegDataSample(gt_sem_seg=PixelData(data=label), metainfo=dict(img_shape=(height, width))))
-    return dict(inputs=inputs, data_samples=samples)
-
-
-def benchmark_training(cfg: Config, steps: int, device: str) -> dict[str, float]:
-    """Trains on one batch again and again.
-
-    Returns:
-        ``images_per_s`` and ``ms`` of the median step, ``gib`` at the peak, ``steps``.
-    """
-    init_default_scope(cfg.default_scope)
-    torch.backends.cudnn.benchmark = True
-    cfg.model.backbone.init_cfg = None
-    model = MODELS.build(cfg.model).to(device).train()
-    optim_wrapper = build_optim_wrapper(model, cfg.optim_wrapper)
-    batch = make_batch(cfg, device)
-    seconds = []
-    for step in range(-3, steps):
-        if step == 0 and device == 'cuda':
-            torch.cuda.reset_peak_memory_stats()
-        start = time.perf_counter()
-        model.train_step(batch, optim_wrapper)
-        if device == 'cuda':
-            torch.cuda.synchronize()
-        if step >= 0:
-            seconds.append(time.perf_counter() - start)
-    median = statistics.median(seconds)
-    gib = torch.cuda.max_memory_allocated() / 2**30 if device == 'cuda' else float('nan')
-    return dict(images_per_s=len(batch['inputs']) / median, ms=median * 1000, gib=gib, steps=steps)
+from mmseg_resnest.benchmark.training import PEERS, Spec, run_alone
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -68,6 +24,11 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('task', choices=['train'])
     parser.add_argument('configs', nargs='+', type=Path, metavar='CONFIG')
+    parser.add_argument(
+        '--against',
+        choices=PEERS,
+        help="beside mmsegmentation's own model under AMP, or segmentation_models.pytorch's, compiled (default: alone)",
+    )
     parser.add_argument('--steps', type=int, default=10, help='measured steps, after three others (default: 10)')
     parser.add_argument('--json', type=Path, metavar='FILE', help='write the figures there')
     parser.add_argument('--cfg-options', nargs='+', action=DictAction, default={}, metavar='KEY=VALUE')
@@ -76,20 +37,38 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def benchmark(args: argparse.Namespace) -> None:
-    """Measures the configs one after the other and prints a line each."""
+    """Measures the configs one after the other and prints a line a side."""
     for path in args.configs:
         cli.existing_file(path, 'config file', 'see configs/')
-    device = 'cuda' if torch.cuda.is_available() else 'cpu'
-    print(f'{torch.cuda.get_device_name() if device == "cuda" else "CPU"}, torch {torch.__version__}')
+    print(f'{torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"}, torch {torch.__version__}')
+    ceiling = run_alone(Spec('ceiling', ''))['tflop_per_s']
+    print(f'A large matrix product in bfloat16 runs at {ceiling:.0f} TFLOP/s')
     results = {}
     for path in args.configs:
-        cfg = Config.fromfile(path)
-        cfg.merge_from_dict(args.cfg_options)
-        results[path.stem] = result = benchmark_training(cfg, args.steps, device)
-        print('{:45s} {images_per_s:8.1f} images/s {ms:9.1f} ms {gib:7.1f} GiB'.format(path.stem, **result))
-        sys.stdout.flush()
-        if args.json:
-            args.json.write_text(json.dumps(results, indent=1) + '\n')
+        results[path.stem] = {}
+        for side in PEERS.get(args.against, ('ours',)):
+            result = run_alone(Spec(side, str(path), args.steps, args.cfg_options))
+            result['ceiling_share'] = result['tflop'] / result['ms'] * 1000 / ceiling
+            results[path.stem][side] = result
+            print_side(path.stem, side, result, results[path.stem])
+            if args.json:
+                args.json.write_text(json.dumps(results, indent=1) + '\n')
+
+
+def print_side(config: str, side: str, result: dict, sides: dict) -> None:
+    """Prints the figures of a side, those relative to the config's first side, and its kinds of work."""
+    print(
+        '{:38s} {:14s} {images_per_s:8.1f} images/s {ms:9.1f} ms {gib:6.2f} GiB; {:4.1%} of the matrix rate; '
+        'first steps {first_step_s:.0f} s, {graphs} compiled graphs, {graph_breaks} breaks'.format(
+            config, side, result['ceiling_share'], **result
+        )
+    )
+    first, ours = next(iter(sides.items()))
+    if side != first:
+        speed = ours['images_per_s'] / result['images_per_s']
+        print(f'    {first} is {speed:.2f} times as fast, in {ours["gib"] / result["gib"]:.2f} of its memory')
+    for kind, ms in result.get('kinds', {}).items():
+        print(f'    {ms:8.2f} ms  {kind}')
 
 
 if __name__ == '__main__':

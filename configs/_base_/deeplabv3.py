@@ -1,7 +1,7 @@
 """DeepLabV3 (Chen et al. 2017) as OpenMMLab builds it, on ResNeSt at output stride 8, with an auxiliary FCN head."""
 
 model = dict(
-    type='mmseg.EncoderDecoder',
+    type='mmseg_resnest.EncoderDecoder',
     data_preprocessor=dict(
         type='SegDataPreProcessor',
         mean=[123.675, 116.28, 103.53],
@@ -13,6 +13,7 @@ model = dict(
     backbone=dict(type='mmseg_resnest.ResNeSt', depth=50, output_stride=8, norm_cfg=dict(type='BN')),
     decode_head=dict(
         type='ASPPHead',
+        conv_cfg=dict(type='mmseg_resnest.DilatedConv2d'),
         dilations=(1, 12, 24, 36),
         in_channels=2048,
         in_index=3,

@@ -1,7 +1,7 @@
 """DeepLabV3+ (Chen et al. 2018) as OpenMMLab builds it, on ResNeSt at output stride 8, with an auxiliary FCN head."""
 
 model = dict(
-    type='mmseg.EncoderDecoder',
+    type='mmseg_resnest.EncoderDecoder',
     data_preprocessor=dict(
         type='SegDataPreProcessor',
         mean=[123.675, 116.28, 103.53],

@@ -4,7 +4,7 @@ Their loss is averaged over the pixels that are not ignored.
 """
 
 model = dict(
-    type='mmseg.EncoderDecoder',
+    type='mmseg_resnest.EncoderDecoder',
     data_preprocessor=dict(
         type='SegDataPreProcessor',
         mean=[123.675, 116.28, 103.53],

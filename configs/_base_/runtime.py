@@ -18,8 +18,8 @@ env_cfg = dict(
     mp_cfg=dict(mp_start_method='fork', opencv_num_threads=0),
     dist_cfg=dict(backend='nccl'),
 )
-# Batch norm is synchronised when several GPUs train, and plain on one.
-sync_bn = 'torch'
+# Batch norm is synchronised when several processes train, and plain in one.
+sync_bn = 'mmseg_resnest.SyncBN'
 visualizer = dict(type='SegLocalVisualizer', vis_backends=[dict(type='LocalVisBackend')], name='visualizer')
 log_processor = dict(by_epoch=False)
 log_level = 'INFO'

@@ -99,10 +99,11 @@ model = dict(
         320,
     )),
     train_cfg=dict(),
-    type='mmseg.EncoderDecoder')
+    type='mmseg_resnest.EncoderDecoder')
 optim_wrapper = dict(
     dtype='bfloat16',
-    optimizer=dict(lr=0.01, momentum=0.9, type='SGD', weight_decay=0.0001),
+    optimizer=dict(
+        fused=True, lr=0.01, momentum=0.9, type='SGD', weight_decay=0.0001),
     paramwise_cfg=dict(
         custom_keys=dict(
             auxiliary_head=dict(lr_mult=10.0), decode_head=dict(
@@ -119,7 +120,7 @@ param_scheduler = [
         type='PolyLR'),
 ]
 resume = False
-sync_bn = 'torch'
+sync_bn = 'mmseg_resnest.SyncBN'
 test_cfg = dict(type='TestLoop')
 test_dataloader = dict(
     batch_sampler=dict(type='mmseg_resnest.EqualSizeBatchSampler'),

@@ -79,6 +79,7 @@ model = dict(
     decode_head=dict(
         align_corners=False,
         channels=512,
+        conv_cfg=dict(type='mmseg_resnest.DilatedConv2d'),
         dilations=(
             1,
             12,
@@ -94,10 +95,11 @@ model = dict(
         type='ASPPHead'),
     test_cfg=dict(mode='whole'),
     train_cfg=dict(),
-    type='mmseg.EncoderDecoder')
+    type='mmseg_resnest.EncoderDecoder')
 optim_wrapper = dict(
     dtype='bfloat16',
-    optimizer=dict(lr=0.01, momentum=0.9, type='SGD', weight_decay=0.0005),
+    optimizer=dict(
+        fused=True, lr=0.01, momentum=0.9, type='SGD', weight_decay=0.0005),
     type='mmseg_resnest.AutocastOptimWrapper')
 param_scheduler = [
     dict(
@@ -109,7 +111,7 @@ param_scheduler = [
         type='PolyLR'),
 ]
 resume = False
-sync_bn = 'torch'
+sync_bn = 'mmseg_resnest.SyncBN'
 test_cfg = dict(type='TestLoop')
 test_dataloader = dict(
     batch_sampler=dict(type='mmseg_resnest.EqualSizeBatchSampler'),

@@ -159,7 +159,7 @@ model = dict(
         type='PSPHead'),
     test_cfg=dict(mode='whole'),
     train_cfg=dict(),
-    type='mmseg.EncoderDecoder')
+    type='mmseg_resnest.EncoderDecoder')
 optim_wrapper = dict(
     dtype='bfloat16',
     optimizer=dict(lr=0.004, type='AdamW', weight_decay=0.01),
@@ -174,7 +174,7 @@ param_scheduler = [
         type='PolyLR'),
 ]
 resume = False
-sync_bn = 'torch'
+sync_bn = 'mmseg_resnest.SyncBN'
 test_cfg = dict(type='TestLoop')
 test_dataloader = dict(
     batch_sampler=dict(type='mmseg_resnest.EqualSizeBatchSampler'),

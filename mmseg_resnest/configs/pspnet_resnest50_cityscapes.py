@@ -107,10 +107,11 @@ model = dict(
         type='PSPHead'),
     test_cfg=dict(mode='whole'),
     train_cfg=dict(),
-    type='mmseg.EncoderDecoder')
+    type='mmseg_resnest.EncoderDecoder')
 optim_wrapper = dict(
     dtype='bfloat16',
-    optimizer=dict(lr=0.01, momentum=0.9, type='SGD', weight_decay=0.0005),
+    optimizer=dict(
+        fused=True, lr=0.01, momentum=0.9, type='SGD', weight_decay=0.0005),
     type='mmseg_resnest.AutocastOptimWrapper')
 param_scheduler = [
     dict(
@@ -122,7 +123,7 @@ param_scheduler = [
         type='PolyLR'),
 ]
 resume = False
-sync_bn = 'torch'
+sync_bn = 'mmseg_resnest.SyncBN'
 test_cfg = dict(type='TestLoop')
 test_dataloader = dict(
     batch_sampler=dict(type='mmseg_resnest.EqualSizeBatchSampler'),

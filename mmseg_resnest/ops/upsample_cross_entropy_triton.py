@@ -24,7 +24,7 @@ from mmseg_resnest.ops.bilinear import bilinear_axis
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 BLOCK = 128
-CLASSES = 2
+CLASSES = 8
 ROWS = 16
 
 
@@ -107,6 +107,11 @@ def _lerp(a, b, weight):
 
 
 @triton.jit
+def _at(pointer, mask):
+    return tl.load(pointer, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def softmax_kernel(
     logits,  # (N, C, h, w)
     labels,  # (N, H, W)
@@ -117,7 +122,8 @@ def softmax_kernel(
     column_weight,
     top_row,
     row_weight,
-    log_sum_exp,  # (N, H, K, G) float32, base 2, less log2 of the pixel's weight; inf where ignored
+    bounds,  # (N, H, G) float32: the highest logit at a group's corners, in base 2
+    log_sum_exp,  # (N, H, K, G) float32, base 2, less the bound and log2 of the pixel's weight; inf where ignored
     targets,  # (N, H, K, G) int16, -1 where ignored
     sums,  # (4, programs) float32
     total,  # N * H * G
@@ -135,7 +141,8 @@ def softmax_kernel(
     K: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    item = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    # All (1, BLOCK) or (K, BLOCK): a conversion between their layouts would go through shared memory, for every class.
+    item = (tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK))[None, :]
     inside = item < total
     group = (item % G).to(tl.int32)
     row = item // G  # of all images
@@ -151,8 +158,8 @@ def softmax_kernel(
     right = tl.load(right_column + group, mask=inside, other=0)
     first = tl.load(start + group, mask=inside, other=0)
     last = tl.load(start + group + 1, mask=inside, other=0)
-    x = first[None, :] + k
-    pixel = inside[None, :] & (x < last[None, :])
+    x = first + k
+    pixel = inside & (x < last)
     b = tl.load(column_weight + x, mask=pixel, other=0.0)
 
     plane = h * w
@@ -162,75 +169,65 @@ def softmax_kernel(
     bottom_left = image + bottom * w + left
     bottom_right = image + bottom * w + right
 
-    highest = tl.full((K, BLOCK), float('-inf'), tl.float32)
+    # No logit of the group is above its corners' highest, by which the exponentials are scaled.
+    bound = tl.full((1, BLOCK), float('-inf'), tl.float32)
     for c in range(C):
         offset = c * plane
-        v0 = _lerp(
-            tl.load(top_left + offset, mask=inside, other=0.0).to(tl.float32),
-            tl.load(bottom_left + offset, mask=inside, other=0.0).to(tl.float32),
-            a,
-        )
-        v1 = _lerp(
-            tl.load(top_right + offset, mask=inside, other=0.0).to(tl.float32),
-            tl.load(bottom_right + offset, mask=inside, other=0.0).to(tl.float32),
-            a,
-        )
-        z = tl.fma((v1 - v0)[None, :], b, v0[None, :])
-        highest = tl.maximum(highest, z)
+        upper = tl.maximum(_at(top_left + offset, inside), _at(top_right + offset, inside))
+        lower = tl.maximum(_at(bottom_left + offset, inside), _at(bottom_right + offset, inside))
+        bound = tl.maximum(bound, tl.maximum(upper, lower))
 
+    highest = tl.full((K, BLOCK), float('-inf'), tl.float32)
     exponentials = tl.zeros((K, BLOCK), tl.float32)
-    smooth = tl.zeros((K, BLOCK), tl.float32)  # sum over c of w[c] * (highest - z[c])
-    shift = -highest * LOG2E
+    smooth = tl.zeros((K, BLOCK), tl.float32)  # sum over c of w[c] * (bound - z[c])
+    shift = -bound * LOG2E
     for c in range(C):
         offset = c * plane
-        v0 = _lerp(
-            tl.load(top_left + offset, mask=inside, other=0.0).to(tl.float32),
-            tl.load(bottom_left + offset, mask=inside, other=0.0).to(tl.float32),
-            a,
-        )
-        v1 = _lerp(
-            tl.load(top_right + offset, mask=inside, other=0.0).to(tl.float32),
-            tl.load(bottom_right + offset, mask=inside, other=0.0).to(tl.float32),
-            a,
-        )
-        z = tl.fma((v1 - v0)[None, :], b, v0[None, :])
+        v0 = _lerp(_at(top_left + offset, inside), _at(bottom_left + offset, inside), a)
+        v1 = _lerp(_at(top_right + offset, inside), _at(bottom_right + offset, inside), a)
+        z = tl.fma(v1 - v0, b, v0)
+        highest = tl.maximum(highest, z)
         exponentials += tl.exp2(tl.fma(z, LOG2E, shift))
         if SMOOTH:
-            smooth += tl.load(class_weight + c) * (highest - z)
+            smooth += tl.load(class_weight + c) * (bound - z)
 
-    label = tl.load(labels + row[None, :] * W + x, mask=pixel, other=0).to(tl.int64)
+    # Where the corners' highest is far above the pixel's own, too little is left of the exponentials.
+    lost = (bound - highest) * LOG2E > 64
+    origin = tl.where(lost, highest, bound)
+    if tl.max(lost.to(tl.int32)) > 0:
+        exponentials = tl.zeros((K, BLOCK), tl.float32)
+        for c in range(C):
+            offset = c * plane
+            v0 = _lerp(_at(top_left + offset, inside), _at(bottom_left + offset, inside), a)
+            v1 = _lerp(_at(top_right + offset, inside), _at(bottom_right + offset, inside), a)
+            exponentials += tl.exp2(tl.fma(tl.fma(v1 - v0, b, v0), LOG2E, -origin * LOG2E))
+
+    label = tl.load(labels + row * W + x, mask=pixel, other=0).to(tl.int64)
     valid = pixel & (label != ignore_index)
     known = valid & (label >= 0) & (label < C)
     target = tl.where(known, label, 0)
     offset = target * plane
-    v0 = _lerp(
-        tl.load(top_left[None, :] + offset, mask=known, other=0.0).to(tl.float32),
-        tl.load(bottom_left[None, :] + offset, mask=known, other=0.0).to(tl.float32),
-        a[None, :],
-    )
-    v1 = _lerp(
-        tl.load(top_right[None, :] + offset, mask=known, other=0.0).to(tl.float32),
-        tl.load(bottom_right[None, :] + offset, mask=known, other=0.0).to(tl.float32),
-        a[None, :],
-    )
+    v0 = _lerp(_at(top_left + offset, known), _at(bottom_left + offset, known), a)
+    v1 = _lerp(_at(top_right + offset, known), _at(bottom_right + offset, known), a)
     z = tl.fma(v1 - v0, b, v0)
     weight = tl.load(class_weight + target, mask=known, other=0.0)
 
     log2_sum = tl.log2(exponentials)
-    log_sum = log2_sum * LN2  # log-sum-exp less the highest logit
+    log_sum = log2_sum * LN2  # log-sum-exp less the origin
     scale = weight
-    loss = weight * (log_sum + (highest - z))
+    loss = weight * (log_sum + (origin - z))
     if SMOOTH:
         scale = (1 - smoothing * C) * weight + smoothing * weight_sum
-        loss = (1 - smoothing * C) * loss + smoothing * (weight_sum * log_sum + smooth)
+        loss = (1 - smoothing * C) * loss + smoothing * (weight_sum * (log_sum + (origin - bound)) + smooth)
     loss = tl.where(known, loss, tl.where(valid, float('nan'), 0.0))
     right_ones = (known & (z >= highest)).to(tl.float32)
 
     if GRADIENT:
-        place = (row[None, :] * K + k) * G + group[None, :]
-        stored = tl.where(known, log2_sum - shift - tl.log2(scale), float('inf'))
-        tl.store(log_sum_exp + place, stored, mask=inside[None, :])
-        tl.store(targets + place, tl.where(known, label, -1).to(tl.int16), mask=inside[None, :])
+        place = (row * K + k) * G + group
+        tl.store(bounds + row * G + group, -shift, mask=inside)
+        stored = tl.where(known, log2_sum + (origin * LOG2E + shift) - tl.log2(scale), float('inf'))
+        tl.store(log_sum_exp + place, stored, mask=inside)
+        tl.store(targets + place, tl.where(known, label, -1).to(tl.int16), mask=inside)
     programs = tl.num_programs(0)
     at = sums + tl.program_id(0)
     tl.store(at, tl.sum(loss))
@@ -243,7 +240,8 @@ def softmax_kernel(
 def gradient_kernel(
     logits,  # (N, C, h, w)
     class_weight,  # (C,) float32
-    log_sum_exp,  # (N, H, K, G), as softmax_kernel stores it
+    bounds,  # (N, H, G), as softmax_kernel stores it
+    log_sum_exp,  # (N, H, K, G), likewise
     targets,  # (N, H, K, G)
     left_column,
     right_column,
@@ -252,7 +250,7 @@ def gradient_kernel(
     row_start,
     row_weight,
     shares,  # (2, N, C, h, G) float32: the gradients of the group's left and of its right column
-    N,
+    side,  # N * C * h * G: from a left share to its right one
     C,
     h,
     w,
@@ -300,12 +298,13 @@ def gradient_kernel(
             z = tl.fma((v1 - v0)[:, None, :], b, v0[:, None, :])
             place = ((n * H + y) * K + k) * G + group[None, :]
             target = tl.load(targets + place)[None]
-            g = tl.exp2(tl.fma(z, LOG2E, -tl.load(log_sum_exp + place)[None]))
+            z = tl.fma(z, LOG2E, -tl.load(bounds + (n * H + y) * G + group)[None, None, :])
+            g = tl.exp2(z - tl.load(log_sum_exp + place)[None])
             g -= tl.where(target == c[:, None, :], on_target, 0.0)
             if SMOOTH:
                 g -= tl.where(target >= 0, spread, 0.0)
             to_right = tl.sum(g * b, axis=1)
-            to_left = tl.sum(g * (1 - b), axis=1)
+            to_left = tl.sum(g, axis=1) - to_right
             upper_left += (1 - a) * to_left
             upper_right += (1 - a) * to_right
             carried_left += a * to_left
@@ -313,7 +312,7 @@ def gradient_kernel(
         if i >= first_row:
             share = shares + (plane + i) * G + group[None, :]
             tl.store(share, upper_left, mask=inside)
-            tl.store(share + N.to(tl.int64) * C * h * G, upper_right, mask=inside)
+            tl.store(share + side, upper_right, mask=inside)
 
 
 @triton.jit
@@ -357,31 +356,31 @@ def sums_and_gradient(
     (N, C, h, w), (H, W) = logits.shape, labels.shape[1:]
     groups = pixel_groups(w, W, align_corners, logits.device)
     rows = row_intervals(h, H, align_corners, logits.device)
-    G, K, block = len(groups.left), groups.size, BLOCK
+    G, K = len(groups.left), groups.size
     total = N * H * G
-    programs = triton.cdiv(total, block)
+    programs = triton.cdiv(total, BLOCK)
     stored = (N, H, K, G) if needs_gradient else (0,)
     log_sum_exp = torch.empty(stored, dtype=torch.float32, device=logits.device)
+    bounds = torch.empty((N, H, G), dtype=torch.float32, device=logits.device)
     targets = torch.empty(stored, dtype=torch.int16, device=logits.device)
     sums = torch.empty((4, programs), dtype=torch.float32, device=logits.device)
     with torch.cuda.device_of(logits):
         softmax_kernel[(programs,)](
-            logits, labels, weight, *groups[:4], rows.top, rows.weight, log_sum_exp, targets, sums, total,
-            C, h, w, H, W, G, ignore_index, label_smoothing / C, float(weight.sum()) if label_smoothing else 0.0,
-            SMOOTH=label_smoothing > 0, GRADIENT=needs_gradient, K=K, BLOCK=block, num_warps=BLOCK // 32,
+            logits, labels, weight, *groups[:4], rows.top, rows.weight, bounds, log_sum_exp, targets, sums,
+            total, C, h, w, H, W, G, ignore_index, label_smoothing / C, float(weight.sum()) if label_smoothing else 0.0,
+            SMOOTH=label_smoothing > 0, GRADIENT=needs_gradient, K=K, BLOCK=BLOCK, num_warps=BLOCK // 32,
         )  # fmt: skip
     sums = tuple(sums.double().sum(1).float().unbind())
     if not needs_gradient:
         return sums, None
-    classes, segment = CLASSES, ROWS
     shares = torch.empty((2, N, C, h, G), dtype=torch.float32, device=logits.device)
-    grid = (triton.cdiv(triton.cdiv(C, classes) * G, block), triton.cdiv(h, segment), N)
+    grid = (triton.cdiv(triton.cdiv(C, CLASSES) * G, BLOCK), triton.cdiv(h, ROWS), N)
     gradient = torch.empty((N, C, h, w), dtype=torch.float32, device=logits.device)
     with torch.cuda.device_of(logits):
         gradient_kernel[grid](
-            logits, weight, log_sum_exp, targets, *groups[:4], rows.start, rows.weight, shares, N,
-            C, h, w, H, G, label_smoothing / C,
-            SMOOTH=label_smoothing > 0, ROWS=segment, CLASSES=classes, K=K, BLOCK=block, num_warps=BLOCK // 32,
+            logits, weight, bounds, log_sum_exp, targets, *groups[:4], rows.start, rows.weight, shares,
+            shares[0].numel(), C, h, w, H, G, label_smoothing / C,
+            SMOOTH=label_smoothing > 0, ROWS=ROWS, CLASSES=CLASSES, K=K, BLOCK=BLOCK, num_warps=BLOCK // 32,
         )  # fmt: skip
         gather_kernel[(triton.cdiv(gradient.numel(), 1024),)](
             shares, groups.from_left, groups.from_right, gradient, gradient.numel(), w, G, MOST=groups.most, BLOCK=1024
