@@ -5,7 +5,7 @@ import sys
 import pytest
 from tiny import ROOT
 
-from mmseg_resnest.benchmark.inference import ADE_SIZES, ROWS, Row, Spec, compare, line, measure, run_alone, sizes_of
+from mmseg_resnest.benchmark.inference import ADE_SIZES, ROWS, Row, Spec, compare, line, measure, measure_alone, sizes_of
 
 CONFIG = str(ROOT / 'configs' / 'pspnet_resnest50_ade20k.py')
 TINY = {'model.backbone.depth': 14, 'model.decode_head.channels': 8, 'model.auxiliary_head.channels': 8}
@@ -17,7 +17,7 @@ TINY |= {'test_dataloader.num_workers': 0, 'test_dataloader.persistent_workers':
 @pytest.mark.parametrize('side', ['ours', 'mmseg'])
 @pytest.mark.parametrize('task', ['latency', 'test', 'tta'])
 def test_each_task(task, side):
-    result = run_alone(Spec(task, side, CONFIG, (40, 56), repeats=2, options=TINY))
+    result = measure_alone(Spec(task, side, CONFIG, (40, 56), repeats=2, options=TINY))
     assert result['ms'] > 0
     assert result['task'] == task
 
@@ -46,4 +46,4 @@ def test_without_smp_the_error_says_how_to_get_it(monkeypatch):
 
 def test_a_side_that_fails_says_why():
     with pytest.raises(RuntimeError, match=r'(?s)mmseg, test: .*nowhere\.py'):
-        run_alone(Spec('test', 'mmseg', 'nowhere.py', (40, 56)))
+        measure_alone(Spec('test', 'mmseg', 'nowhere.py', (40, 56)))

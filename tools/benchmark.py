@@ -1,35 +1,42 @@
-"""Measure how fast configs train: images/s, peak memory and the kinds of work in whole training steps.
+"""Measure how fast configs train, predict and evaluate.
 
   python tools/benchmark.py train configs/deeplabv3_resnest101_ade20k.py --against mmseg
-  python tools/benchmark.py train configs/deeplabv3_resnest101_ade20k.py --against smp --json speeds.json
-  python tools/benchmark.py train configs/*.py
+  python tools/benchmark.py train configs/*.py --json speeds.json
+  python tools/benchmark.py test configs/deeplabv3_resnest101_ade20k.py --against smp
 
-Each side runs in a fresh process, one after the other, on the same random batch. The data pipeline is not in it. The
-first steps, which compile, take minutes.
+Each side runs in a fresh process, one after the other, on the same work. train: images/s, peak memory
+and the kinds of work in whole training steps on a random batch, without the data pipeline; the first
+steps, which compile, take minutes. test: milliseconds an image, from images or generated files.
 """
 
 import argparse
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from mmengine.config import DictAction
 
 from mmseg_resnest import cli
-from mmseg_resnest.benchmark.training import PEERS, Spec, run_alone
+from mmseg_resnest.benchmark import inference
+from mmseg_resnest.benchmark.alone import run_alone
+from mmseg_resnest.benchmark.training import PEERS, Spec
 
 
 def make_parser() -> argparse.ArgumentParser:
     """Returns the tool's options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('task', choices=['train'])
+    parser.add_argument('task', choices=['train', 'test'])
     parser.add_argument('configs', nargs='+', type=Path, metavar='CONFIG')
     parser.add_argument(
         '--against',
         choices=PEERS,
-        help="beside mmsegmentation's own model under AMP, or segmentation_models.pytorch's, compiled (default: alone)",
+        help="beside mmsegmentation's own model under AMP, or segmentation_models.pytorch's, compiled (default: train: "
+        'alone; test: both)',
     )
-    parser.add_argument('--steps', type=int, default=10, help='measured steps, after three others (default: 10)')
+    parser.add_argument(
+        '--steps', type=int, default=10, help='measured training steps, after three others (default: 10)'
+    )
     parser.add_argument('--json', type=Path, metavar='FILE', help='write the figures there')
     parser.add_argument('--cfg-options', nargs='+', action=DictAction, default={}, metavar='KEY=VALUE')
     parser.add_argument('--debug', action='store_true', help='show the stack trace of an error')
@@ -37,22 +44,39 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def benchmark(args: argparse.Namespace) -> None:
-    """Measures the configs one after the other and prints a line a side."""
+    """Measures the configs one after the other and prints a line a side, or a row."""
     for path in args.configs:
         cli.existing_file(path, 'config file', 'see configs/')
     print(f'{torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"}, torch {torch.__version__}')
-    ceiling = run_alone(Spec('ceiling', ''))['tflop_per_s']
-    print(f'A large matrix product in bfloat16 runs at {ceiling:.0f} TFLOP/s')
+    run = dict(train=benchmark_training, test=benchmark_inference)[args.task]
     results = {}
     for path in args.configs:
-        results[path.stem] = {}
-        for side in PEERS.get(args.against, ('ours',)):
-            result = run_alone(Spec(side, str(path), args.steps, args.cfg_options))
-            result['ceiling_share'] = result['tflop'] / result['ms'] * 1000 / ceiling
-            results[path.stem][side] = result
-            print_side(path.stem, side, result, results[path.stem])
+        for name, result in run(path, args):
+            results.setdefault(path.stem, {})[name] = result
             if args.json:
                 args.json.write_text(json.dumps(results, indent=1) + '\n')
+
+
+def benchmark_training(path: Path, args: argparse.Namespace) -> Iterator[tuple[str, dict]]:
+    """Yields the sides and their figures."""
+    module = 'mmseg_resnest.benchmark.training'
+    ceiling = run_alone(module, Spec('ceiling', ''))['tflop_per_s']
+    print(f'A large matrix product in bfloat16 runs at {ceiling:.0f} TFLOP/s')
+    sides = {}
+    for side in PEERS.get(args.against, ('ours',)):
+        sides[side] = result = run_alone(module, Spec(side, str(path), args.steps, args.cfg_options))
+        result['ceiling_share'] = result['tflop'] / result['ms'] * 1000 / ceiling
+        print_side(path.stem, side, result, sides)
+        yield side, result
+
+
+def benchmark_inference(path: Path, args: argparse.Namespace) -> Iterator[tuple[str, dict]]:
+    """Yields the rows of the table and their figures."""
+    for row in inference.ROWS:
+        if args.against in (None, row.against):
+            result = inference.compare(row, path, args.cfg_options)
+            print(inference.line(result), flush=True)
+            yield f'{row.name}, {row.against}', result
 
 
 def print_side(config: str, side: str, result: dict, sides: dict) -> None:

@@ -6,7 +6,6 @@ process, ``python -m mmseg_resnest.benchmark.inference SPEC``.
 
 import json
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -25,7 +24,8 @@ from mmseg.structures import SegDataSample
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-RESULT = 'RESULT '
+from mmseg_resnest.benchmark.alone import hand_over, run_alone
+
 MMSEG_BACKBONE = dict(
     type='mmseg.ResNeSt', stem_channels=128, radix=2, reduction_factor=4, avg_down_stride=True, num_stages=4,
     out_indices=(0, 1, 2, 3), dilations=(1, 1, 2, 4), strides=(1, 2, 1, 1), norm_cfg=dict(type='BN'), norm_eval=False,
@@ -104,9 +104,14 @@ def compare(row: Row, config: str | Path, options: dict | None = None) -> dict:
     else:
         ours = replace(spec, dtype='float16', compile=row.task == 'latency')
         sides = [[ours], [theirs, replace(theirs, dtype='float16')]]
-    best = [min(map(run_alone, side), key=lambda result: result['ms']) for side in sides]
+    best = [min(map(measure_alone, side), key=lambda result: result['ms']) for side in sides]
     ratio = best[1]['ms'] / best[0]['ms']
     return dict(name=row.name, against=row.against, ours=best[0], theirs=best[1], ratio=ratio, bar=row.bar, aim=row.aim)
+
+
+def measure_alone(spec: Spec) -> dict:
+    """Returns the spec's fields, and what ``measure`` gives in a fresh process."""
+    return asdict(spec) | run_alone('mmseg_resnest.benchmark.inference', spec)
 
 
 HALVES = ('bfloat16', 'float16')
@@ -117,23 +122,6 @@ def line(result: dict) -> str:
     return '{name:40s} {ours[ms]:9.2f} ms {theirs[ms]:9.2f} ms ({against}) {ratio:6.2f}x  bar {bar}, aim {aim}'.format(
         **result
     )
-
-
-def run_alone(spec: Spec) -> dict:
-    """Measures in a fresh process.
-
-    Returns:
-        The spec's fields, and ``ms``.
-
-    Raises:
-        RuntimeError: It failed; the message is the end of its output.
-    """
-    command = [sys.executable, '-m', 'mmseg_resnest.benchmark.inference', json.dumps(asdict(spec))]
-    done = subprocess.run(command, capture_output=True, text=True)
-    results = [text for text in done.stdout.splitlines() if text.startswith(RESULT)]
-    if done.returncode or not results:
-        raise RuntimeError(f'{spec.side}, {spec.task}: {(done.stderr or done.stdout).strip()[-1500:]}')
-    return asdict(spec) | json.loads(results[-1].removeprefix(RESULT))
 
 
 def measure(spec: Spec) -> dict:
@@ -344,4 +332,4 @@ def _end_to_end(spec: Spec) -> float:
 if __name__ == '__main__':
     fields = json.loads(sys.argv[1])
     fields['size'] = fields['size'] and tuple(fields['size'])
-    print(RESULT + json.dumps(measure(Spec(**fields))))
+    hand_over(measure(Spec(**fields)))

@@ -1,17 +1,16 @@
 """How fast a config trains, beside mmsegmentation or segmentation_models.pytorch: whole steps on one batch.
 
-``python -m mmseg_resnest.benchmark.training SPEC`` measures one side in a process of its own; ``run_alone`` starts it.
+``python -m mmseg_resnest.benchmark.training SPEC`` measures one side in a process of its own.
 A step is preprocessing, forward pass, losses, gradient and optimiser; the data pipeline is not in it.
 """
 
 import json
 import statistics
-import subprocess
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import mmseg
@@ -26,7 +25,8 @@ from mmseg.structures import SegDataSample
 from torch import Tensor
 from torch.nn import functional as F
 
-RESULT = 'RESULT '
+from mmseg_resnest.benchmark.alone import hand_over
+
 OURS = ('ours', 'ours-eager')
 PEERS = {
     'mmseg': (*OURS, 'mmseg-fp16', 'mmseg-bf16'),
@@ -75,23 +75,6 @@ class Spec:
     config: str
     steps: int = 10
     options: dict | None = None
-
-
-def run_alone(spec: Spec) -> dict:
-    """Measures in a fresh process.
-
-    Returns:
-        What ``measure`` does.
-
-    Raises:
-        RuntimeError: It failed; the message is the end of its output.
-    """
-    command = [sys.executable, '-m', 'mmseg_resnest.benchmark.training', json.dumps(asdict(spec))]
-    done = subprocess.run(command, capture_output=True, text=True)
-    results = [text for text in done.stdout.splitlines() if text.startswith(RESULT)]
-    if done.returncode or not results:
-        raise RuntimeError(f'{spec.side}: {(done.stderr or done.stdout).strip()[-1500:]}')
-    return json.loads(results[-1].removeprefix(RESULT))
 
 
 def measure(spec: Spec) -> dict:
@@ -310,4 +293,4 @@ def _device() -> str:
 
 
 if __name__ == '__main__':
-    print(RESULT + json.dumps(measure(Spec(**json.loads(sys.argv[1])))))
+    hand_over(measure(Spec(**json.loads(sys.argv[1]))))

@@ -1,0 +1,31 @@
+"""A measurement in a process of its own."""
+
+import json
+import subprocess
+import sys
+from dataclasses import asdict
+from typing import Any
+
+_RESULT = 'RESULT '
+
+
+def run_alone(module: str, spec: Any) -> dict:
+    """Runs ``python -m MODULE SPEC`` and returns what it gave to ``hand_over``.
+
+    Args:
+        module: The module.
+        spec: A dataclass of plain values, with the attribute ``side``.
+
+    Raises:
+        RuntimeError: It failed; the message is the end of its output.
+    """
+    done = subprocess.run([sys.executable, '-m', module, json.dumps(asdict(spec))], capture_output=True, text=True)
+    results = [text for text in done.stdout.splitlines() if text.startswith(_RESULT)]
+    if done.returncode or not results:
+        raise RuntimeError(f'{spec.side}: {(done.stderr or done.stdout).strip()[-1500:]}')
+    return json.loads(results[-1].removeprefix(_RESULT))
+
+
+def hand_over(result: dict) -> None:
+    """Gives the result to the process that waits for it."""
+    print(_RESULT + json.dumps(result))
