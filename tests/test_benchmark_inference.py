@@ -5,7 +5,17 @@ import sys
 import pytest
 from tiny import ROOT
 
-from mmseg_resnest.benchmark.inference import ADE_SIZES, ROWS, Row, Spec, compare, line, measure, measure_alone, sizes_of
+from mmseg_resnest.benchmark.inference import (
+    ADE_SIZES,
+    ROWS,
+    Row,
+    Spec,
+    compare,
+    line,
+    measure,
+    measure_alone,
+    sizes_of,
+)
 
 CONFIG = str(ROOT / 'configs' / 'pspnet_resnest50_ade20k.py')
 TINY = {'model.backbone.depth': 14, 'model.decode_head.channels': 8, 'model.auxiliary_head.channels': 8}

@@ -1,12 +1,15 @@
-"""Measure how fast configs train, predict and evaluate.
+"""Measure how fast configs train, predict, evaluate, and train on several GPUs.
 
   python tools/benchmark.py train configs/deeplabv3_resnest101_ade20k.py --against mmseg
   python tools/benchmark.py train configs/*.py --json speeds.json
   python tools/benchmark.py test configs/deeplabv3_resnest101_ade20k.py --against smp
+  python tools/benchmark.py scale configs/deeplabv3_resnest101_ade20k.py --processes 2
 
-Each side runs in a fresh process, one after the other, on the same work. train: images/s, peak memory
-and the kinds of work in whole training steps on a random batch, without the data pipeline; the first
-steps, which compile, take minutes. test: milliseconds an image, from images or generated files.
+Each side runs in a fresh process, one after the other, on the same work.
+train: images/s, peak memory and the kinds of work in whole training steps on a random batch, without
+the data pipeline; the first steps, which compile, take minutes.
+test: milliseconds an image, from images or generated files.
+scale: training steps on one GPU and on several, with plain and with synchronised batch norm.
 """
 
 import argparse
@@ -18,7 +21,7 @@ import torch
 from mmengine.config import DictAction
 
 from mmseg_resnest import cli
-from mmseg_resnest.benchmark import inference
+from mmseg_resnest.benchmark import inference, scaling
 from mmseg_resnest.benchmark.alone import run_alone
 from mmseg_resnest.benchmark.training import PEERS, Spec
 
@@ -26,7 +29,7 @@ from mmseg_resnest.benchmark.training import PEERS, Spec
 def make_parser() -> argparse.ArgumentParser:
     """Returns the tool's options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('task', choices=['train', 'test'])
+    parser.add_argument('task', choices=['train', 'test', 'scale'])
     parser.add_argument('configs', nargs='+', type=Path, metavar='CONFIG')
     parser.add_argument(
         '--against',
@@ -36,6 +39,9 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         '--steps', type=int, default=10, help='measured training steps, after three others (default: 10)'
+    )
+    parser.add_argument(
+        '--processes', type=int, default=max(torch.cuda.device_count(), 2), help='of scale (default: one a GPU)'
     )
     parser.add_argument('--json', type=Path, metavar='FILE', help='write the figures there')
     parser.add_argument('--cfg-options', nargs='+', action=DictAction, default={}, metavar='KEY=VALUE')
@@ -48,7 +54,7 @@ def benchmark(args: argparse.Namespace) -> None:
     for path in args.configs:
         cli.existing_file(path, 'config file', 'see configs/')
     print(f'{torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"}, torch {torch.__version__}')
-    run = dict(train=benchmark_training, test=benchmark_inference)[args.task]
+    run = dict(train=benchmark_training, test=benchmark_inference, scale=benchmark_scaling)[args.task]
     results = {}
     for path in args.configs:
         for name, result in run(path, args):
@@ -77,6 +83,25 @@ def benchmark_inference(path: Path, args: argparse.Namespace) -> Iterator[tuple[
             result = inference.compare(row, path, args.cfg_options)
             print(inference.line(result), flush=True)
             yield f'{row.name}, {row.against}', result
+
+
+def benchmark_scaling(path: Path, args: argparse.Namespace) -> Iterator[tuple[str, dict]]:
+    """Yields the figures of one process, and of several with both kinds of batch norm."""
+    if args.processes < 2 or 0 < torch.cuda.device_count() < args.processes:
+        raise cli.UsageError(
+            f'--processes {args.processes}: expected 2 or more, one a GPU; there are {torch.cuda.device_count()} GPUs'
+        )
+    one = None
+    for side, processes in (('bn', 1), *((norm, args.processes) for norm in scaling.NORMS)):
+        result = scaling.measure_alone(scaling.Spec(side, str(path), processes, args.steps, args.cfg_options))
+        one = one or result
+        result['efficiency'] = one['ms'] / result['ms']
+        print(
+            '{:38s} {:8s} {} processes {images_per_s:8.1f} images/s {ms:9.1f} ms {gib:6.2f} GiB each; '
+            'efficiency {efficiency:.1%}'.format(path.stem, side, processes, **result),
+            flush=True,
+        )
+        yield f'{side}, {processes}', result
 
 
 def print_side(config: str, side: str, result: dict, sides: dict) -> None:
