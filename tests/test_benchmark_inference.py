@@ -55,5 +55,5 @@ def test_without_smp_the_error_says_how_to_get_it(monkeypatch):
 
 
 def test_a_side_that_fails_says_why():
-    with pytest.raises(RuntimeError, match=r'(?s)mmseg, test: .*nowhere\.py'):
+    with pytest.raises(RuntimeError, match=r'(?s)mmseg: .*nowhere\.py'):
         measure_alone(Spec('test', 'mmseg', 'nowhere.py', (40, 56)))
