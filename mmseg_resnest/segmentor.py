@@ -53,13 +53,10 @@ class EncoderDecoder(_EncoderDecoder):
         self.compiled = compiled
         self.cuda_graphs = cuda_graphs
         self._graphs: TrainingGraphs | None = None
-        self._fused = []
-        for name, head in self._heads().items():
-            reason = why_not_fused(head) if fused_loss else 'fused_loss=False'
-            if not reason:
-                self._fused.append(name)
-            path = f"mmsegmentation's own: {reason}" if reason else 'fused with the upsampling'
-            print_log(f'{name}: {type(head).__name__}, loss {path}', logger='current')
+        heads = self._heads().items()
+        self._reasons = {name: why_not_fused(head) if fused_loss else 'fused_loss=False' for name, head in heads}
+        self._fused = [name for name, reason in self._reasons.items() if not reason]
+        self._said = False
 
     def __getstate__(self) -> dict:
         """Copies, as an average of the weights makes them, capture graphs of their own."""
@@ -88,6 +85,7 @@ class EncoderDecoder(_EncoderDecoder):
 
     def loss(self, inputs: Tensor, data_samples: SampleList) -> dict[str, Tensor]:
         """Returns the losses and accuracies of all heads for images (N, 3, H, W)."""
+        self._say_once()
         outputs = self._run_network(inputs)
         logits = dict(zip(self._fused, outputs, strict=False))
         features = outputs[len(self._fused) :]
@@ -99,6 +97,15 @@ class EncoderDecoder(_EncoderDecoder):
                 head_losses = head.loss(features, data_samples, self.train_cfg)
             losses |= add_prefix(head_losses, name)
         return losses
+
+    def _say_once(self) -> None:
+        """Logs which path the loss of each head takes."""
+        if not self._said:
+            for name, head in self._heads().items():
+                reason = self._reasons[name]
+                path = f"mmsegmentation's own: {reason}" if reason else 'fused with the upsampling'
+                print_log(f'{name}: {type(head).__name__}, loss {path}', logger='current')
+        self._said = True
 
     def _run_network(self, images: Tensor) -> tuple[Tensor, ...]:
         """Returns what ``_network`` does, by the fastest way that is switched on."""

@@ -132,8 +132,12 @@ def test_other_losses_take_the_path_of_mmsegmentation(change, reason):
 @pytest.mark.parametrize('loss', [dict(type='CrossEntropyLoss'), dict(type='DiceLoss')])
 def test_log_says_which_path(loss, caplog, monkeypatch):
     monkeypatch.setattr(MMLogger.get_current_instance(), 'handlers', [caplog.handler])
-    MODELS.build(make_config('fcn', loss, AUXILIARY) | dict(type='mmseg_resnest.EncoderDecoder'))
+    model = MODELS.build(make_config('fcn', loss, AUXILIARY) | dict(type='mmseg_resnest.EncoderDecoder'))
+    assert 'FCNHead' not in caplog.text  # a model that only predicts has nothing to say
+    for _ in range(2):
+        model.loss(*make_batch())
     log = caplog.text
+    assert log.count('aux: FCNHead') == 1
     assert 'aux: FCNHead, loss fused with the upsampling' in log
     expected = 'DiceLoss is not' if loss['type'] == 'DiceLoss' else 'decode: FCNHead, loss fused'
     assert expected in log

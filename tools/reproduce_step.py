@@ -33,6 +33,8 @@ def reproduce(args: argparse.Namespace) -> None:
     weights, step = read_step(cli.existing_file(args.step, 'step', 'a run that stops writes it to its work dir'))
     init_default_scope(cfg.get('default_scope', 'mmseg'))
     device = get_device()
+    if 'mmseg_resnest.EncoderDecoder' in str(cfg.model.type):  # the hooks below see every module only in eager mode
+        cfg.model.update(compiled=False, cuda_graphs=False)
     model = revert_sync_batchnorm(MODELS.build(cfg.model)).to(device)
     load_strictly(model, weights, args.step)
     model.train()
