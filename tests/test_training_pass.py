@@ -1,0 +1,167 @@
+"""The network in training: code that blocks share, and CUDA graphs that compute what the network does."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from mmseg.registry import MODELS
+from torch import nn
+from torch._dynamo.utils import counters
+
+from mmseg_resnest import training_pass
+from mmseg_resnest.resnest import ResNeSt
+from mmseg_resnest.training_pass import TrainingGraphs
+
+
+def test_blocks_of_a_stage_share_their_code(monkeypatch):
+    torch._dynamo.reset()
+    counters.clear()
+    compiled = torch.compile(training_pass.call, dynamic=False, backend='eager')
+    monkeypatch.setattr(training_pass, '_compiled', lambda: compiled)
+    model = ResNeSt(depth=50, radix_conv='split').train()
+    with torch.autocast('cpu', torch.bfloat16):
+        features = model(torch.randn(2, 3, 32, 32), training_pass.compiled_call)
+    sum(feature.sum() for feature in features).backward()
+    assert counters['stats']['unique_graphs'] == 9  # the stem, and for each stage its first block and the others
+    assert not counters['graph_break']
+    torch._dynamo.reset()
+
+
+@pytest.mark.slow
+def test_compiled_parts_compute_the_same(monkeypatch):
+    """With the compiler's front end and partition, and torch's own kernels."""
+    torch._dynamo.reset()
+    compiled = torch.compile(training_pass.call, dynamic=False, backend='aot_eager_decomp_partition')
+    monkeypatch.setattr(training_pass, '_compiled', lambda: compiled)
+    torch.manual_seed(0)
+    model = ResNeSt(depth=14, output_stride=8, radix_conv='split').double().train()
+    image = torch.randn(2, 3, 32, 32).double()
+    results = []
+    for call in (training_pass.call, training_pass.compiled_call):
+        twin = copy.deepcopy(model)
+        features = twin(image, call)
+        features[-1].square().sum().backward()
+        gradients = [p.grad for name, p in twin.named_parameters() if 'fc1.bias' not in name]  # before BN: 0
+        results.append((*features, *gradients, *twin.buffers()))
+    for a, b in zip(*results, strict=True):
+        assert torch.allclose(a, b, rtol=1e-8, atol=1e-10)
+    torch._dynamo.reset()
+
+
+def test_copies_of_a_segmentor_make_graphs_of_their_own():
+    head = dict(type='FCNHead', in_channels=2048, in_index=3, channels=8, num_classes=3, num_convs=1)
+    model = MODELS.build(
+        dict(
+            type='mmseg_resnest.EncoderDecoder', backbone=dict(type='mmseg_resnest.ResNeSt', depth=14), decode_head=head
+        )
+    )
+    model._graphs = TrainingGraphs(model._network, model)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert twin._graphs is None
+        assert twin.state_dict().keys() == model.state_dict().keys()
+    assert model._graphs is not None
+
+
+class Small(nn.Module):
+    """A network with what a capture could spoil: batch norm and dropout."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(0.5))
+        self.head = nn.Conv2d(8, 4, 1)
+
+    def forward(self, images):
+        features = self.body(images)
+        return self.head(features), features
+
+
+def make_small(dropout=0.0):
+    torch.manual_seed(0)
+    model = Small().cuda().train()
+    model.body[3].p = dropout
+    return model
+
+
+def step(model, network, images):
+    outputs = network(images)
+    sum(output.square().mean() for output in outputs).backward()
+    return [output.detach().clone() for output in outputs]
+
+
+def batches(count, size=4):
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(size, 3, 16, 16, generator=generator).cuda() for _ in range(count)]
+
+
+def assert_same_gradients(a, b):
+    for x, y in zip(a.parameters(), b.parameters(), strict=True):
+        assert torch.allclose(x.grad, y.grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.gpu
+def test_graphs_compute_what_the_network_does():
+    plain, graphed = make_small(), make_small()
+    graphs = TrainingGraphs(graphed, graphed)
+    for images in batches(3):
+        plain.zero_grad()
+        graphed.zero_grad()
+        for a, b in zip(step(graphed, graphs, images), step(plain, plain, images), strict=True):
+            assert torch.allclose(a, b, rtol=1e-4, atol=1e-5)
+        assert_same_gradients(graphed, plain)
+    assert graphed.body[1].num_batches_tracked == 3  # the warm-up left no trace
+    assert torch.allclose(graphed.body[1].running_var, plain.body[1].running_var)
+
+
+@pytest.mark.gpu
+def test_gradients_accumulate():
+    plain, graphed = make_small(), make_small()
+    graphs = TrainingGraphs(graphed, graphed)
+    for images in batches(3):
+        step(plain, plain, images)
+        step(graphed, graphs, images)
+    assert_same_gradients(graphed, plain)
+
+
+@pytest.mark.gpu
+def test_random_numbers_are_those_of_a_run_without_a_capture():
+    model = make_small(dropout=0.5)
+    graphs = TrainingGraphs(model, model)
+    torch.cuda.manual_seed(3)
+    graphs._capture(batches(1)[0])
+    after = torch.rand(4, device='cuda')
+    torch.cuda.manual_seed(3)
+    assert torch.equal(after, torch.rand(4, device='cuda'))
+    first, second = (step(model, graphs, batches(1)[0])[1] for _ in range(2))
+    assert not torch.equal(first == 0, second == 0)  # dropout draws anew in every replay
+
+
+@pytest.mark.gpu
+def test_another_batch_size_runs_without_graphs():
+    plain, graphed = make_small(), make_small()
+    graphs = TrainingGraphs(graphed, graphed)
+    for images in (*batches(1), *batches(1, size=2), *batches(1)):
+        plain.zero_grad()
+        graphed.zero_grad()
+        step(plain, plain, images)
+        step(graphed, graphs, images)
+        assert_same_gradients(graphed, plain)
+
+
+@pytest.mark.gpu
+def test_what_has_changed_is_captured_anew():
+    plain, graphed = make_small(), make_small()
+    graphs = TrainingGraphs(graphed, graphed)
+    images = batches(1)[0]
+    step(graphed, graphs, images)
+    for model in (plain, graphed):
+        model.head.requires_grad_(False)
+        model.body[1].eval()
+        model.body[0].weight.data = model.body[0].weight.data + 1
+        model.zero_grad()
+    for buffer, other in zip(plain.buffers(), graphed.buffers(), strict=True):
+        buffer.copy_(other)
+    step(plain, plain, images)
+    step(graphed, graphs, images)
+    assert graphed.head.weight.grad is None
+    assert torch.allclose(graphed.body[0].weight.grad, plain.body[0].weight.grad, rtol=1e-4, atol=1e-6)
