@@ -63,7 +63,7 @@ class SplitAttentionConv2d(nn.Module):
         stride: int,
         dilation: int,
         norm: Norm,
-        execution: str | None,
+        execution: str | None = None,
     ) -> None:
         super().__init__()
         attention_channels = max(channels * radix // 4, 32)
@@ -79,6 +79,11 @@ class SplitAttentionConv2d(nn.Module):
             channels, channels * radix, 3, stride, dilation, dilation, groups=groups * radix, bias=False
         )
         self.bn0 = norm(channels * radix)
+        if execution == 'split' and not isinstance(self.bn0, _BatchNorm):
+            raise ValueError(
+                f"ResNeSt: radix_conv='split' normalises splits apart, which {type(self.bn0).__name__} does not allow; "
+                "give it batch norm, or radix_conv='grouped'"
+            )
         self.relu = nn.ReLU(inplace=True)
         self.fc1 = nn.Conv2d(channels, attention_channels, 1, groups=groups)
         self.bn1 = norm(attention_channels)
@@ -243,6 +248,8 @@ class ResNeSt(BaseModule):
         norm_eval: Whether batch norm keeps its running statistics in training.
         frozen_stages: -1: nothing is frozen; 0: the stem; n: the stem and the first n stages.
         with_cp: Whether to recompute blocks in the backward pass to save memory.
+        radix_conv: How the split-attention convolutions are executed, as ``SplitAttentionConv2d`` says. Weights and
+            results are the same. None: the fastest on the device.
         init_cfg: MMEngine's initialiser. ``dict(type='Pretrained', checkpoint=...)`` is loaded strictly.
 
     Raises:

@@ -29,7 +29,6 @@ from mmseg.models import (
     ASPPHead,
     CrossEntropyLoss,
     DepthwiseSeparableASPPHead,
-    EncoderDecoder,
     FCNHead,
     PSPHead,
     SegDataPreProcessor,
@@ -38,12 +37,14 @@ from mmseg.structures import SegDataSample
 
 import mmseg_resnest
 from mmseg_resnest import ResNeSt, demo
+from mmseg_resnest.conv import DilatedConv2d
 from mmseg_resnest.datasets import check_classes
 from mmseg_resnest.heads import AuthorsDeepLabV3Head, AuthorsFCNHead
 from mmseg_resnest.hooks import BatchNormCheckHook, ProgressBarHook
 from mmseg_resnest.metrics import IoUMetric
 from mmseg_resnest.optim import AutocastOptimWrapper
 from mmseg_resnest.prepare import PASCAL_CONTEXT_IDS
+from mmseg_resnest.segmentor import EncoderDecoder
 from mmseg_resnest.transforms import PhotoMetricDistortion
 from mmseg_resnest.tta import TTAModel
 
@@ -96,7 +97,7 @@ SIZES = {'ade20k': (512, 512), 'cityscapes': (512, 1024), 'camvid': (360, 480), 
 
 # Under which key a typed dict stands, and the kind of registry that its type is looked up in.
 KINDS = {
-    'MODELS': 'model data_preprocessor backbone decode_head auxiliary_head loss_decode norm_cfg tta_model '
+    'MODELS': 'model data_preprocessor backbone decode_head auxiliary_head loss_decode norm_cfg conv_cfg tta_model '
     'authors_tta_model',
     'WEIGHT_INITIALIZERS': 'init_cfg',
     'DATASETS': 'dataset',
@@ -168,6 +169,7 @@ def main_classes(leaf: str) -> dict[str, type]:
         'model.decode_head': heads[head],
         'model.decode_head.loss_decode': CrossEntropyLoss,
         'model.auxiliary_head': AuthorsFCNHead if authors else FCNHead,
+        **({'model.decode_head.conv_cfg': DilatedConv2d} if head == 'deeplabv3' and not authors else {}),
         'tta_model': TTAModel,
         'train_dataloader.dataset': data_set,
         'val_dataloader.dataset': data_set,
@@ -258,7 +260,7 @@ def test_recipe(leaf):
     schedule = cfg.param_scheduler[0]
     crop = SIZES['authors' if authors else data_of(leaf)]
     assert cfg.optim_wrapper.optimizer == dict(
-        type='SGD', lr=RATES.get(data_of(leaf), 0.01), momentum=0.9, weight_decay=1e-4 if authors else 5e-4
+        type='SGD', lr=RATES.get(data_of(leaf), 0.01), momentum=0.9, weight_decay=1e-4 if authors else 5e-4, fused=True
     )
     assert (schedule.power, schedule.eta_min) == ((0.9, 0) if authors else (0.9, 1e-4))
     assert [head.loss_decode.loss_weight for head in heads] == [1.0, 0.2 if authors else 0.4]
@@ -467,7 +469,7 @@ def check_step_and_prediction(cfg: Config, leaf: str) -> None:
     for sample in model.test_step(batch(num_classes)):
         labels = sample.pred_sem_seg.data
         assert labels.shape == (1, 40, 60)
-        assert labels.dtype == torch.int64
+        assert labels.dtype == torch.uint8
         assert labels.min() >= 0
         assert labels.max() < num_classes
         assert torch.equal(labels, sample.seg_logits.data.argmax(0, keepdim=True))

@@ -577,6 +577,78 @@ def test_checkpointing_changes_nothing(options):
     assert all(m.track_running_stats for m in checkpointed.modules() if isinstance(m, _BatchNorm))
 
 
+@pytest.mark.parametrize('training', [True, False])
+@pytest.mark.parametrize('avd_first', [False, True])
+@pytest.mark.parametrize(('radix', 'groups'), [(1, 1), (2, 1), (4, 1), (1, 2), (2, 2), (4, 2)])
+def test_execution_of_the_radix_convolution_changes_nothing(radix, groups, avd_first, training):
+    """Outputs, gradients of input and weights, and running statistics."""
+    torch.manual_seed(0)
+    options = dict(radix=radix, groups=groups, avd_first=avd_first, base_width=16, output_stride=8)
+    grouped = ResNeSt(14, radix_conv='grouped', **options).double()
+    scramble_norms(grouped)
+    images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+
+    def run(radix_conv):
+        backbone = ResNeSt(14, radix_conv=radix_conv, **options).double()
+        backbone.load_state_dict(grouped.state_dict())
+        x = images.clone().requires_grad_()
+        features = backbone.train(training)(x)
+        sum(feature.square().mean() for feature in features).backward()
+        tensors = dict(images=x.grad, **{f'{name}.grad': p.grad for name, p in backbone.named_parameters()})
+        tensors |= {f'feature {i}': feature for i, feature in enumerate(features)} | norm_statistics(backbone)
+        assert {m.execution_on(x.device) for m in backbone.modules() if isinstance(m, SplitAttentionConv2d)} == {
+            radix_conv or 'grouped'
+        }
+        return tensors
+
+    truth = run('grouped')
+    for radix_conv in ('split', 'dense', None):
+        for name, value in run(radix_conv).items():
+            error = (value.double() - truth[name].double()).norm()
+            # fc1's bias has no gradient where batch norm takes away what it adds: nothing but rounding
+            assert error <= 1e-10 * truth[name].double().norm() + 1e-12, (radix_conv, name)
+
+
+def test_group_norm_is_executed_grouped_or_dense():
+    images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    results = []
+    for radix_conv in (None, 'grouped', 'dense'):
+        torch.manual_seed(0)
+        backbone = ResNeSt(14, norm_cfg=dict(type='GN', num_groups=8), radix_conv=radix_conv).double()
+        backbone.init_weights()
+        results.append(backbone(images)[-1])
+    assert backbone.layer1[0].conv2.execution_on(torch.device('cuda')) == 'dense'
+    assert (
+        ResNeSt(14, norm_cfg=dict(type='GN', num_groups=8)).layer2[0].conv2.execution_on(torch.device('cuda'))
+        == 'grouped'
+    )
+    for result in results[1:]:
+        torch.testing.assert_close(result, results[0], rtol=1e-10, atol=1e-12)
+
+
+def test_fastest_execution_on_a_gpu():
+    """Narrow convolutions gain from one without groups, wide ones from one a split."""
+    backbone = ResNeSt(14)
+    stages = (backbone.layer1, backbone.layer2, backbone.layer3, backbone.layer4)
+    found = [stage[0].conv2.execution_on(torch.device('cuda')) for stage in stages]
+    assert found == ['dense', 'split', 'split', 'split']
+    assert ResNeSt(14, radix=1).layer2[0].conv2.execution_on(torch.device('cuda')) == 'grouped'
+
+
+def test_call_gets_the_stem_and_every_block_once():
+    backbone, images = network(depth=26, size=(32, 32))
+    called = []
+
+    def record(part, *args):
+        called.append(part)
+        return part(*args)
+
+    features = backbone.eval()(images, record)
+    blocks = [*backbone.layer1, *backbone.layer2, *backbone.layer3, *backbone.layer4]
+    assert called == [backbone._stem, *blocks]
+    assert all(torch.equal(a, b) for a, b in zip(features, backbone(images), strict=True))
+
+
 def test_checkpointing_stores_less():
     def stored(with_cp):
         total = 0
@@ -616,6 +688,12 @@ BAD_OPTIONS = [
     (dict(depth=34), 'ResNeSt: depth=34; expected one of 14, 26, 50, 101, 200, 269'),
     (dict(depth='50'), "ResNeSt: depth='50'; expected one of 14, 26, 50, 101, 200, 269"),
     (dict(output_stride=4), 'ResNeSt: output_stride=4; expected one of 8, 16, 32'),
+    (dict(radix_conv='fast'), "ResNeSt: radix_conv='fast'; expected one of None, grouped, split, dense"),
+    (
+        dict(radix_conv='split', norm_cfg=dict(type='GN', num_groups=8)),
+        "ResNeSt: radix_conv='split' normalises splits apart, which GroupNorm does not allow; give it batch norm, or "
+        "radix_conv='grouped'",
+    ),
     (dict(graph='mmdet'), "ResNeSt: graph='mmdet'; expected one of authors, mmseg, timm"),
     (dict(frozen_stages=5), 'ResNeSt: frozen_stages=5; expected one of -1, 0, 1, 2, 3, 4'),
     (dict(out_indices=(0, 4)), 'ResNeSt: out_indices=4; expected one of 0, 1, 2, 3'),

@@ -7,6 +7,7 @@ import torch
 from mmengine.config import ConfigDict
 from mmengine.logging import MMLogger
 from mmengine.structures import PixelData
+from mmseg.models.backbones import ResNet
 from mmseg.registry import MODELS
 from mmseg.structures import SegDataSample
 
@@ -68,7 +69,7 @@ def make_batch():
 def run(model, batch):
     losses = model.loss(*batch)
     sum(value for name, value in losses.items() if 'loss' in name).backward()
-    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
     return losses, gradients
 
 
@@ -78,6 +79,7 @@ def assert_same(config):
     assert found.keys() == losses.keys()
     for name, value in losses.items():
         assert torch.allclose(found[name], value, rtol=1e-4, atol=1e-6), name
+    assert found_gradients.keys() == gradients.keys()
     for name, gradient in gradients.items():
         assert (found_gradients[name] - gradient).norm() <= 1e-4 * gradient.norm() + 1e-6, name
 
@@ -141,6 +143,56 @@ def test_log_says_which_path(loss, caplog, monkeypatch):
     assert 'aux: FCNHead, loss fused with the upsampling' in log
     expected = 'DiceLoss is not' if loss['type'] == 'DiceLoss' else 'decode: FCNHead, loss fused'
     assert expected in log
+
+
+@pytest.mark.parametrize('switch', ['fused_loss', 'channels_last', 'compiled', 'cuda_graphs'])
+def test_switches_change_nothing_on_a_cpu(switch):
+    config = make_config('fcn', dict(type='CrossEntropyLoss'), AUXILIARY) | dict(type='mmseg_resnest.EncoderDecoder')
+    results = []
+    for options in (dict(), {switch: False}):
+        torch.manual_seed(0)
+        model = MODELS.build(copy.deepcopy(config) | options).train()
+        results.append(run(model, make_batch()))
+        assert model._graphs is None
+    (losses, gradients), (found, found_gradients) = results
+    assert found.keys() == losses.keys()
+    same = torch.equal if switch != 'fused_loss' else torch.allclose
+    for name, value in losses.items():
+        assert same(found[name], value), name
+    for name, gradient in gradients.items():
+        if switch == 'fused_loss':
+            assert (found_gradients[name] - gradient).norm() <= 1e-4 * gradient.norm() + 1e-6, name
+        else:
+            assert torch.equal(found_gradients[name], gradient), name
+
+
+def test_fused_loss_can_be_switched_off(caplog, monkeypatch):
+    monkeypatch.setattr(MMLogger.get_current_instance(), 'handlers', [caplog.handler])
+    config = make_config('fcn', dict(type='CrossEntropyLoss'), AUXILIARY)
+    model = MODELS.build(config | dict(type='mmseg_resnest.EncoderDecoder', fused_loss=False))
+    model.loss(*make_batch())
+    assert caplog.text.count("mmsegmentation's own: fused_loss=False") == 2
+
+
+@pytest.mark.parametrize('neck', [None, dict(type='FPN', in_channels=[64, 128, 256, 512], out_channels=32, num_outs=4)])
+def test_backbone_of_another_library(neck):
+    config = make_config('fcn', dict(type='CrossEntropyLoss'), None)
+    config['backbone'] = dict(type='ResNet', depth=18, norm_cfg=dict(type='BN'), norm_eval=False)
+    config['neck'] = neck
+    config['decode_head'] |= dict(in_channels=32 if neck else 512)
+    assert_same(config)
+    assert isinstance(make_pair(config)[1].backbone, ResNet)
+
+
+def test_fused_heads_get_logits_and_others_features():
+    """The second of three heads has a loss that is not fused: it gets the feature maps."""
+    dice = dict(AUXILIARY, in_channels=512, in_index=1, loss_decode=dict(type='DiceLoss'))
+    config = make_config('fcn', dict(type='CrossEntropyLoss'), [dice, AUXILIARY])
+    assert_same(config)
+    _, ours = make_pair(config)
+    outputs = ours._run_network(make_batch()[0])
+    assert ours._fused == ['decode', 'aux_1']
+    assert [output.shape[1] for output in outputs] == [CLASSES, CLASSES, 256, 512, 1024, 2048]
 
 
 def test_predicts_as_mmsegmentation():

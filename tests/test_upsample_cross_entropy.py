@@ -151,6 +151,20 @@ def test_large_logits_neither_overflow_nor_vanish(impl):
 
 
 @pytest.mark.parametrize('impl', IMPLEMENTATIONS)
+@pytest.mark.parametrize('smoothing', [0.0, 0.1])
+def test_corners_far_above_the_pixels_between_them(smoothing, impl):
+    """Each corner is sure of another class: half-way no logit comes near the highest of the corners'."""
+    logits = torch.zeros(1, 5, 2, 2, device=DEVICE)
+    for c, (y, x) in enumerate([(0, 0), (0, 1), (1, 0), (1, 1)]):
+        logits[0, c, y, x] = 300.0
+    _, labels = make_case((1, 5, 2, 2), (16, 16))
+    between = F.interpolate(logits, (16, 16), mode='bilinear')
+    assert (300 - between.amax(1)).max() > 150  # float32's exponential of the difference is zero
+    truth = expected(logits, labels, smoothing=smoothing)
+    assert_equal(compute(logits, labels, impl=impl, label_smoothing=smoothing), truth, logits.dtype)
+
+
+@pytest.mark.parametrize('impl', IMPLEMENTATIONS)
 @pytest.mark.parametrize('average', ['all', 'valid'])
 def test_all_ignored_gives_zero(average, impl):
     logits, labels = make_case((2, 5, 4, 6), (32, 48), ignored=2)
