@@ -3,13 +3,15 @@
 import re
 
 import pytest
-from mmengine.config import Config
+from mmengine.config import Config, DictAction
+from mmengine.registry import init_default_scope
 from mmseg.models.backbones import ResNeSt as MMSegResNeSt
 from mmseg.registry import MODELS
-from tiny import ROOT
+from tiny import OPTIONS, ROOT
 
 from mmseg_resnest import ResNeSt
 from mmseg_resnest.checkpoints import OFFICIAL
+from mmseg_resnest.conv import DilatedConv2d
 from mmseg_resnest.key_maps import ENCODING, TIMM
 
 DOCS = ROOT / 'docs'
@@ -35,9 +37,7 @@ def test_the_two_configs_of_the_page_for_mmsegmentations_users(tmp_path):
 @pytest.mark.parametrize('page', ['from_mmsegmentation.md', 'model_zoo.md'])
 def test_every_file_of_ours_that_a_page_names_is_there(page):
     text = (DOCS / page).read_text()
-    links = [link for link in re.findall(r'\]\(([^)#\s]+)', text) if '://' not in link]
     names = re.findall(r'(?:tools|configs)/\w+\.py', text)
-    assert not [link for link in links if not (DOCS / link).exists()]
     assert not [name for name in names if not (ROOT / name).is_file()]
     assert len(names) >= 4
 
@@ -51,3 +51,37 @@ def test_the_model_zoo_lists_every_file_that_is_recognised():
     hashes = {row[0]: row[1] for row in rows}
     assert {name: hashes.get(name) for name in OFFICIAL | ENCODING} == OFFICIAL | ENCODING
     assert hashes.keys() >= TIMM.keys()
+
+
+def option(text):
+    """KEY=VALUE as --cfg-options takes it."""
+    key, value = text.split('=')
+    return {key: DictAction._parse_iterable(value)}
+
+
+@pytest.mark.parametrize(
+    ('switch', 'default'),
+    [
+        ('model.fused_loss=False', lambda model: model._fused == ['decode', 'aux']),
+        ('model.channels_last=False', lambda model: model.channels_last),
+        ('model.compiled=False', lambda model: model.compiled),
+        ('model.cuda_graphs=False', lambda model: model.cuda_graphs),
+        ('model.backbone.radix_conv=grouped', lambda model: model.backbone.layer1[0].conv2.execution is None),
+        ('model.decode_head.conv_cfg=None', lambda model: any(isinstance(m, DilatedConv2d) for m in model.modules())),
+    ],
+)
+def test_each_switch_of_training_speed_switches(switch, default):
+    assert f'`{switch}`' in (DOCS / 'training_speed.md').read_text()
+    init_default_scope('mmseg')
+    cfg = Config.fromfile(ROOT / 'configs' / 'deeplabv3_resnest101_ade20k.py')
+    for tiny in OPTIONS[:4]:
+        cfg.merge_from_dict(option(tiny))
+    assert default(MODELS.build(cfg.model))
+    cfg.merge_from_dict(option(switch))
+    assert not default(MODELS.build(cfg.model))
+
+
+@pytest.mark.parametrize('page', ['../README.md', *(path.name for path in DOCS.glob('*.md'))])
+def test_every_link_leads_somewhere(page):
+    links = re.findall(r'\]\(([^)#\s]+)', (DOCS / page).read_text())
+    assert [link for link in links if '://' not in link and not (DOCS / page).parent.joinpath(link).exists()] == []

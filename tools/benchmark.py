@@ -1,15 +1,17 @@
-"""Measure how fast configs train, predict, evaluate, and train on several GPUs.
+"""Measure how fast configs train, predict, evaluate, make samples, and train on several GPUs.
 
   python tools/benchmark.py train configs/deeplabv3_resnest101_ade20k.py --against mmseg
   python tools/benchmark.py train configs/*.py --json speeds.json
   python tools/benchmark.py test configs/deeplabv3_resnest101_ade20k.py --against smp
   python tools/benchmark.py scale configs/deeplabv3_resnest101_ade20k.py --processes 2
+  python tools/benchmark.py data configs/deeplabv3_resnest101_cityscapes.py
 
 Each side runs in a fresh process, one after the other, on the same work.
 train: images/s, peak memory and the kinds of work in whole training steps on a random batch, without
 the data pipeline; the first steps, which compile, take minutes.
 test: milliseconds an image, from images or generated files.
 scale: training steps on one GPU and on several, with plain and with synchronised batch norm.
+data: samples a second that one core makes of generated files, beside mmsegmentation's transforms.
 """
 
 import argparse
@@ -21,7 +23,7 @@ import torch
 from mmengine.config import DictAction
 
 from mmseg_resnest import cli
-from mmseg_resnest.benchmark import inference, scaling
+from mmseg_resnest.benchmark import data, inference, scaling
 from mmseg_resnest.benchmark.alone import run_alone
 from mmseg_resnest.benchmark.training import PEERS, Spec
 
@@ -29,7 +31,7 @@ from mmseg_resnest.benchmark.training import PEERS, Spec
 def make_parser() -> argparse.ArgumentParser:
     """Returns the tool's options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('task', choices=['train', 'test', 'scale'])
+    parser.add_argument('task', choices=['train', 'test', 'scale', 'data'])
     parser.add_argument('configs', nargs='+', type=Path, metavar='CONFIG')
     parser.add_argument(
         '--against',
@@ -54,7 +56,8 @@ def benchmark(args: argparse.Namespace) -> None:
     for path in args.configs:
         cli.existing_file(path, 'config file', 'see configs/')
     print(f'{torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"}, torch {torch.__version__}')
-    run = dict(train=benchmark_training, test=benchmark_inference, scale=benchmark_scaling)[args.task]
+    tasks = dict(train=benchmark_training, test=benchmark_inference, scale=benchmark_scaling, data=benchmark_data)
+    run = tasks[args.task]
     results = {}
     for path in args.configs:
         for name, result in run(path, args):
@@ -102,6 +105,17 @@ def benchmark_scaling(path: Path, args: argparse.Namespace) -> Iterator[tuple[st
             flush=True,
         )
         yield f'{side}, {processes}', result
+
+
+def benchmark_data(path: Path, args: argparse.Namespace) -> Iterator[tuple[str, dict]]:
+    """Yields the sides and their figures."""
+    sides = data.measure(path, options=args.cfg_options)
+    for side, result in sides.items():
+        transforms = ', '.join(f'{name} {ms:.1f}' for name, ms in result['transforms'].items())
+        print('{:38s} {:8s} {images_per_s:8.1f} images/s a core {ms:7.1f} ms'.format(path.stem, side, **result))
+        print(f'    {transforms}')
+        yield side, result
+    print(f'    ours is {sides["mmseg"]["ms"] / sides["ours"]["ms"]:.2f} times as fast, with the same samples')
 
 
 def print_side(config: str, side: str, result: dict, sides: dict) -> None:
