@@ -120,7 +120,8 @@ class GraphedBySize:
                 network(static)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool), torch.no_grad():
+        # thread_local: meanwhile a loader's thread may pin memory.
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode='thread_local'), torch.no_grad():
             output = network(static)
 
         def replay(images: Tensor) -> Tensor:

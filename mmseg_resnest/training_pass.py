@@ -75,10 +75,11 @@ class TrainingGraphs:
         self._warm_up()
         pool = torch.cuda.graph_pool_handle()
         self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.forward, pool=pool):
+        # thread_local: meanwhile a loader's thread may pin memory, and NCCL's look at its events.
+        with torch.cuda.graph(self.forward, pool=pool, capture_error_mode='thread_local'):
             outputs = self._run()
         self.output_gradients = [torch.empty_like(output) for output in outputs]
-        with torch.cuda.graph(self.backward, pool=pool):
+        with torch.cuda.graph(self.backward, pool=pool, capture_error_mode='thread_local'):
             self.gradients = self._differentiate(outputs, self.output_gradients)
         self.outputs = [output.detach() for output in outputs]
 
