@@ -186,9 +186,10 @@ class Bottleneck(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Maps (B, in_channels, H, W) to (B, 4 * planes, H / stride, W / stride)."""
         if self.with_cp and self.training and torch.is_grad_enabled():
-            contexts = self._checkpoint_contexts
+            # A compiler recomputes values, and writes no buffer twice.
+            contexts = {} if torch.compiler.is_compiling() else dict(context_fn=self._checkpoint_contexts)
             # Nothing in a block is random, and a CUDA graph could not store the generator's state.
-            return checkpoint(self._forward, x, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
+            return checkpoint(self._forward, x, use_reentrant=False, preserve_rng_state=False, **contexts)
         return self._forward(x)
 
     def _forward(self, x: Tensor) -> Tensor:
