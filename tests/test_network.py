@@ -21,8 +21,8 @@ from mmseg_resnest.network import GraphedBySize, Speed
 
 CONFIG = ROOT / 'configs' / 'pspnet_resnest14_demo.py'
 CLASSES = 12
-OPTIONS = ['model.type=mmseg_resnest.EncoderDecoder', 'model.data_preprocessor.size=(64,96)', 'train_cfg.max_iters=60']
-OPTIONS += ['train_cfg.val_interval=60', 'param_scheduler.0.end=60', 'default_hooks.checkpoint.interval=60']
+OPTIONS = ['model.data_preprocessor.size=(64,96)', 'train_cfg.max_iters=60', 'train_cfg.val_interval=60']
+OPTIONS += ['param_scheduler.0.end=60', 'default_hooks.checkpoint.interval=60']
 
 
 def test_a_number_format_that_there_is_not():
@@ -79,8 +79,8 @@ def trained(tmp_path_factory):
     return root
 
 
-def evaluate(trained, *args, cfg_options=()):
-    args = ['w/iter_60.pth', *args, '--json', 'r.json', '--out', 'out', '--cfg-options', *OPTIONS[:1], *cfg_options]
+def evaluate(trained, *args):
+    args = ['w/iter_60.pth', *args, '--json', 'r.json', '--out', 'out']
     done = run_tool('test', CONFIG, *args, cwd=trained)
     assert done.returncode == 0, done.stderr
     return json.loads((trained / 'r.json').read_text())
@@ -95,6 +95,7 @@ def exact(trained):
 def test_exact_is_mmsegmentations(trained, exact):
     """The confusion matrix of its own model, resized and argmaxed by itself, and the figures of its own metric."""
     cfg = Config.fromfile(CONFIG)
+    cfg.model.type = 'mmseg.EncoderDecoder'
     cfg.test_dataloader.dataset.data_root = str(trained / 'data/demo')
     del cfg.test_dataloader.batch_sampler
     cfg.test_dataloader.batch_size = 1
@@ -147,12 +148,14 @@ def test_each_switch(switch, trained, exact):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('sampler', [[], ['test_dataloader.batch_sampler=None', 'test_dataloader.batch_size=1']])
+@pytest.mark.parametrize(
+    'sampler', [[], ['--cfg-options', 'test_dataloader.batch_sampler=None', 'test_dataloader.batch_size=1']]
+)
 def test_three_processes_count_each_image_once(sampler, trained, exact):
     """13 images: with DefaultSampler two processes repeat one, with ours one has fewer batches."""
     command = [sys.executable, '-m', 'torch.distributed.run', '--nproc-per-node=3', '--master-port=0']
     command = [*command, '--rdzv-backend=c10d', '--rdzv-endpoint=localhost:0', str(ROOT / 'tools/test.py'), str(CONFIG)]
-    command += ['w/iter_60.pth', '--json', 'three.json', '--cfg-options', *OPTIONS[:1], *sampler]
+    command += ['w/iter_60.pth', '--json', 'three.json', *sampler]
 
     done = subprocess.run(command, cwd=trained, env=os.environ | ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
