@@ -17,10 +17,9 @@ from torch import Tensor
 from mmseg_resnest.checkpoints import check_options, load_strictly, model_weights, read_checkpoint
 from mmseg_resnest.datasets import datasets_of
 from mmseg_resnest.network import Speed, default_speed, speed_up
-from mmseg_resnest.picture_files import Task, read_picture
+from mmseg_resnest.picture_files import Task, loss_when_loaded, read_picture
 
 Image = str | Path | ndarray | Tensor
-MODES = ('RGB', 'L', 'P', '1', 'CMYK', 'YCbCr', '')  # Pillow's, of 8 bits without alpha; '': only OpenCV reads it
 AHEAD = 4  # batches of images that are sorted by size
 
 
@@ -135,9 +134,8 @@ def check_image(path: str | Path) -> None:
         raise ValueError(f'{path}: there is no such file; {expected}')
     if found := picture.defect or picture.unreadable:
         raise ValueError(f'{path}: {found}; {expected}')
-    if picture.mode not in MODES:
-        kind = 'an alpha channel' if picture.mode in ('RGBA', 'LA', 'PA', 'RGBa', 'La') else 'other numbers than 8 bits'
-        raise ValueError(f'{path}: {kind} (Pillow mode {picture.mode}); {expected}. Convert it, as you mean it')
+    if found := loss_when_loaded(picture):
+        raise ValueError(f'{path}: {found}; {expected}. Convert it, as you mean it')
 
 
 def _is_picture(image: Image) -> bool:

@@ -74,7 +74,7 @@ def test_bad_files_are_reported_and_left_out(folder, tmp_path):
     lines = [line for line in done.stderr.splitlines() if line.startswith('predict.py: skipped: ')]
     assert len(lines) == 5
     for name, found in {
-        'alpha.png': 'an alpha channel (Pillow mode RGBA); expected a picture of 8 bits',
+        'alpha.png': 'an alpha channel (mode RGBA); expected a picture of 8 bits',
         'cut.jpg': 'cut off before its end',
         'deep.png': 'other numbers than 8 bits',
         'empty.jpg': '0 bytes',

@@ -152,9 +152,9 @@ BAD = {
         lambda path: (save(path, RGB, format='JPEG'), path.write_bytes(path.read_bytes()[:-300])),
         'cut off|Trunc',
     ),
-    '16 bits': (lambda path: save(path, RGB[..., 0].astype(np.uint16) * 99), r'other numbers than 8 bits \(Pillow'),
+    '16 bits': (lambda path: save(path, RGB[..., 0].astype(np.uint16) * 99), r'other numbers than 8 bits \(mode'),
     '16 bits in colour': (lambda path: cv2.imwrite(str(path), RGB.astype(np.uint16) * 99), r'than 8 bits \(.*16B\)'),
-    'alpha': (lambda path: save(path, np.dstack([RGB, RGB[..., 0]])), r'an alpha channel \(Pillow mode RGBA\); expe'),
+    'alpha': (lambda path: save(path, np.dstack([RGB, RGB[..., 0]])), r'an alpha channel \(mode RGBA\); expe'),
 }
 
 
