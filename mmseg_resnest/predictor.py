@@ -80,7 +80,7 @@ class Predictor:
         Raises:
             ValueError: An image is not one of 8 bits, does not decode, or has another shape; the message names it.
         """
-        if isinstance(images, str | Path | ndarray | Tensor):
+        if isinstance(images, str | Path | ndarray | Tensor) or not isinstance(images, Iterable):
             return next(self._stream([images]))
         if isinstance(images, Iterator):
             return self._stream(images)
@@ -102,9 +102,10 @@ class Predictor:
             return self._from_file(dict(img_path=str(image)))
         array = image.detach().cpu().permute(1, 2, 0).numpy()[..., ::-1] if _is_picture(image) else image
         if not isinstance(array, ndarray) or array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3:
+            found = f' {tuple(image.shape)}, {image.dtype}' if isinstance(image, ndarray | Tensor) else ''
             raise ValueError(
-                f'an image is {type(image).__name__} {tuple(image.shape)}, {image.dtype}; expected an array (H, W, 3) '
-                'uint8, BGR, or a tensor (3, H, W) uint8, RGB'
+                f'an image is {type(image).__name__}{found}; expected a path, an array (H, W, 3) uint8, BGR, or a '
+                'tensor (3, H, W) uint8, RGB'
             )
         if 0 in array.shape:
             raise ValueError(f'an image is {tuple(image.shape)}; expected at least one pixel')

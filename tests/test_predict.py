@@ -85,6 +85,34 @@ def test_bad_files_are_reported_and_left_out(folder, tmp_path):
     assert 'Traceback' not in done.stderr
 
 
+ODD = {
+    'two words.png': np.full((20, 30, 3), 200, np.uint8),
+    'straße/日本.PNG': np.arange(20 * 30, dtype=np.uint16).reshape(20, 30).astype(np.uint8),  # grey
+    'a.b.c.bmp': np.full((1, 1, 3), 90, np.uint8),
+    '[a]/-x.tif': np.full((1, 40, 3), 90, np.uint8),
+    '[b]/-x.png': np.full((40, 1, 3), 90, np.uint8),
+}
+
+
+def test_odd_names_and_sizes(folder, predictor, tmp_path):
+    for name, array in ODD.items():
+        (tmp_path / 'in' / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(array).save(tmp_path / 'in' / name)
+    (tmp_path / 'in' / 'folder.jpg').mkdir()
+    (tmp_path / 'out').mkdir()
+    (tmp_path / 'out' / 'a.b.c.png').write_text('of an earlier run')
+    done = predict(folder, tmp_path / 'in', tmp_path / 'out', '--overlays', tmp_path / 'seen')
+    assert done.returncode == 0, done.stderr
+    assert sum(path.is_file() for path in (tmp_path / 'out').rglob('*')) == len(ODD)
+    for name, array in ODD.items():
+        found = cv2.imread(str((tmp_path / 'out' / name).with_suffix('.png')), cv2.IMREAD_UNCHANGED)
+        assert found.shape == array.shape[:2]
+        assert (found != predictor(tmp_path / 'in' / name)).mean() < 1e-3
+        assert cv2.imread(str((tmp_path / 'seen' / name).with_suffix('.png'))).shape == (*array.shape[:2], 3)
+    done = predict(folder, tmp_path / 'in' / '[a]' / '-x.tif', tmp_path / 'one')  # a name before a glob
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_glob_and_an_image(folder, tmp_path):
     assert predict(folder, 'in/*.png', tmp_path / 'out').returncode == 0
     assert sorted(path.name for path in (tmp_path / 'out').iterdir()) == ['0.png', '1.png', '2.png']
@@ -132,6 +160,15 @@ BAD = {
     'empty folder': (['none', 'out'], 2, 'none: the folder holds no image (found: nothing); expected *.jpg, '),
     'no such file': (['in/9.png', 'out'], 2, 'in/9.png: there is no such file; expected an image, a folder, a glob'),
     'output is a file': (['in', 'model.pth'], 2, 'model.pth: a file; expected a folder'),
+    'output inside the input': (
+        ['in', 'in/out'],
+        2,
+        'in/out lies in in, where the next run would take what is written',
+    ),
+    'overlays inside the input': (['in', 'out', '--overlays', 'in'], 2, 'in lies in in, where the next run'),
+    'image as output': (['in/0.png', 'in'], 2, 'in/0.png is an image of the input, and would be replaced; expected'),
+    'one folder for both': (['in', 'out', '--overlays', 'out'], 2, '--overlays out: the folder of the label maps;'),
+    'video as output': (['video.avi', './video.avi'], 2, 'video.avi is the input, and would be replaced; expected'),
     'no batch': (['in', 'out', '--batch-size', '0'], 2, '--batch-size 0: expected 1 or more'),
     'other classes': (
         ['in', 'out', '--labels', 'cityscapes'],
@@ -156,8 +193,9 @@ def test_bad_input(case, folder):
 
 
 def test_two_images_with_one_name_are_refused(folder, tmp_path):
+    (tmp_path / 'in').mkdir()
     for name in ('a.png', 'a.jpg'):
-        Image.open(folder / 'in' / '0.png').save(tmp_path / name)
-    done = predict(folder, tmp_path, tmp_path / 'out')
+        Image.open(folder / 'in' / '0.png').save(tmp_path / 'in' / name)
+    done = predict(folder, tmp_path / 'in', tmp_path / 'out')
     assert done.returncode == 2
-    assert f'{tmp_path}/a.jpg and {tmp_path}/a.png would both become {tmp_path}/out/a.png' in done.stderr
+    assert f'{tmp_path}/in/a.jpg and {tmp_path}/in/a.png would both become {tmp_path}/out/a.png' in done.stderr

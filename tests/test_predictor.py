@@ -96,7 +96,9 @@ def test_paths_arrays_tensors_and_iterators(predictor, paths, truth):
     assert_same(predictor([tensors[0], paths[1], arrays[2], tensors[3], arrays[4]]), truth)
     assert_same([predictor(tensors[3])], truth[3:4])
     assert_same([predictor(paths[1])], truth[1:2])
-    assert predictor([]) == []
+    assert_same([predictor(np.repeat(arrays[1], 2, axis=1)[:, ::2])], truth[1:2])  # strided
+    assert_same([predictor(arrays[1].transpose(1, 0, 2).copy().transpose(1, 0, 2))], truth[1:2])
+    assert predictor([]) == list(predictor(iter([]))) == []
 
 
 def test_an_iterator_stays_one(predictor, paths, truth):
@@ -176,6 +178,10 @@ def test_bad_files_are_named(case, predictor, tmp_path):
         (torch.zeros(20, 30, 3, dtype=torch.uint8), r'Tensor \(20, 30, 3\)'),
         (torch.zeros(3, 20, 30), r'Tensor \(3, 20, 30\), torch.float32'),
         (RGB[:0], 'expected at least one pixel'),
+        (RGB > 9, r'ndarray \(20, 30, 3\), bool'),
+        (RGB[None], r'ndarray \(1, 20, 30, 3\), uint8'),
+        (Image.fromarray(RGB), 'an image is Image; expected a path, an array'),
+        ([None], 'an image is NoneType; expected a path, an array'),
     ],
 )
 def test_bad_arrays_are_refused(image, found, predictor):
