@@ -122,8 +122,8 @@ def _read_header(picture: Picture, file: BinaryIO, task: Task) -> Picture:
     try:
         header = Image.open(file)
     except (Image.UnidentifiedImageError, Image.DecompressionBombError) as error:
-        if not task.is_label and cv2.haveImageReader(file.name) and cv2.imread(file.name) is not None:
-            return _as_loaded(picture._replace(mode=_opencv_mode(file.name)), file, task)
+        if not task.is_label and (mode := _opencv_mode(file)) is not None:
+            return _as_loaded(picture._replace(mode=mode), file, task)
         if isinstance(error, Image.DecompressionBombError):
             raise
         file.seek(0)
@@ -142,8 +142,12 @@ def _read_header(picture: Picture, file: BinaryIO, task: Task) -> Picture:
     return _as_loaded(picture, file, task) if task.may_turn and _has_orientation(header, file, task) else picture
 
 
-def _opencv_mode(path: str) -> str:
-    pixels = cv2.imread(path, cv2.IMREAD_UNCHANGED)
+def _opencv_mode(file: BinaryIO) -> str | None:
+    """Returns the mode of a picture that OpenCV decodes; None if it does not."""
+    file.seek(0)  # by name OpenCV crashes where that is no UTF-8
+    pixels = cv2.imdecode(np.frombuffer(file.read(), np.uint8), cv2.IMREAD_UNCHANGED)
+    if pixels is None:
+        return None
     channels = pixels.shape[2] if pixels.ndim > 2 else 1
     return '' if pixels.dtype == np.uint8 and channels in (1, 3) else f'{pixels.dtype} of {channels} channels'
 

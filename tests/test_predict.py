@@ -1,5 +1,8 @@
 """tools/predict.py on files, folders, globs and a video; and what it says of bad ones."""
 
+import os
+import shutil
+
 import cv2
 import numpy as np
 import pytest
@@ -111,6 +114,20 @@ def test_odd_names_and_sizes(folder, predictor, tmp_path):
         assert cv2.imread(str((tmp_path / 'seen' / name).with_suffix('.png'))).shape == (*array.shape[:2], 3)
     done = predict(folder, tmp_path / 'in' / '[a]' / '-x.tif', tmp_path / 'one')  # a name before a glob
     assert done.returncode == 0, done.stderr
+
+
+def test_names_that_are_no_utf_8(folder, tmp_path):
+    """By such a name OpenCV would crash."""
+    source = os.fsencode(tmp_path / 'in')
+    os.mkdir(source)
+    shutil.copy(folder / 'in' / '0.png', source + b'/\xff.png')
+    with open(source + b'/\xfe.png', 'wb') as file:
+        file.write(b'nothing')
+    done = predict(folder, tmp_path / 'in', tmp_path / 'out', '--overlays', tmp_path / 'seen')
+    assert done.returncode == 1
+    assert "no picture that can be read: it begins with b'nothing'" in done.stderr
+    for name in ('out', 'seen'):
+        assert os.listdir(os.fsencode(tmp_path / name)) == [b'\xff.png']
 
 
 def test_a_glob_and_an_image(folder, tmp_path):

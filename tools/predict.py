@@ -137,6 +137,11 @@ def overlay(image: ndarray, labels: ndarray, palette: ndarray) -> ndarray:
     return cv2.addWeighted(image, 1 - OPACITY, palette[labels][..., ::-1], OPACITY, 0)
 
 
+def read_image(path: Path) -> ndarray:
+    """Returns an image (H, W, 3), BGR; OpenCV crashes on a name that is no UTF-8."""
+    return cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_COLOR)
+
+
 def write_picture(path: Path, picture: ndarray) -> None:
     """Writes a picture, or raises an OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -156,7 +161,7 @@ def predict_images(predictor: Predictor, args: argparse.Namespace) -> list[str]:
     def write(path: Path, labels: ndarray) -> None:
         write_picture(label_maps[path], labels if table is None else table[labels])
         if overlays:
-            write_picture(overlays[path], overlay(cv2.imread(str(path)), labels, predictor.palette))
+            write_picture(overlays[path], overlay(read_image(path), labels, predictor.palette))
 
     threads = max(os.cpu_count() or 1, 2)
     size = AHEAD * predictor.batch_size
