@@ -20,6 +20,7 @@ from mmseg_resnest.network import Speed, default_speed, speed_up
 from mmseg_resnest.picture_files import Task, loss_when_loaded, read_picture
 
 Image = str | Path | ndarray | Tensor
+EXPECTED = 'expected a picture of 8 bits, grey or colour, that decodes whole'
 AHEAD = 4  # batches of images that are sorted by size
 
 
@@ -99,7 +100,11 @@ class Predictor:
         """
         if isinstance(image, str | Path):
             check_image(image)
-            return self._from_file(dict(img_path=str(image)))
+            try:
+                return self._from_file(dict(img_path=str(image)))
+            except Exception as error:  # whatever a decoder or a transform raises
+                found = f'{type(error).__name__}: {" ".join(str(error).split())}'
+                raise ValueError(f'{image}: {found}; {EXPECTED}') from error
         array = image.detach().cpu().permute(1, 2, 0).numpy()[..., ::-1] if _is_picture(image) else image
         if not isinstance(array, ndarray) or array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3:
             found = f' {tuple(image.shape)}, {image.dtype}' if isinstance(image, ndarray | Tensor) else ''
@@ -130,13 +135,12 @@ class Predictor:
 def check_image(path: str | Path) -> None:
     """Raises a ValueError if a file is not a picture of 8 bits without alpha that decodes whole."""
     picture = read_picture(Task(str(path), False, False, 'cv2', True))
-    expected = 'expected a picture of 8 bits, grey or colour, that decodes whole'
     if picture is None:
-        raise ValueError(f'{path}: there is no such file; {expected}')
+        raise ValueError(f'{path}: there is no such file; {EXPECTED}')
     if found := picture.defect or picture.unreadable:
-        raise ValueError(f'{path}: {found}; {expected}')
+        raise ValueError(f'{path}: {found}; {EXPECTED}')
     if found := loss_when_loaded(picture):
-        raise ValueError(f'{path}: {found}; {expected}. Convert it, as you mean it')
+        raise ValueError(f'{path}: {found}; {EXPECTED}. Convert it, as you mean it')
 
 
 def _is_picture(image: Image) -> bool:

@@ -72,15 +72,20 @@ def test_bad_files_are_reported_and_left_out(folder, tmp_path):
     Image.fromarray(np.full((9, 9), 999, np.uint16)).save(source / 'deep.png')
     good.save(source / 'cut.jpg')
     (source / 'cut.jpg').write_bytes((source / 'cut.jpg').read_bytes()[:-400])
+    data = (folder / 'in' / '0.png').read_bytes()
+    (source / 'worn.png').write_bytes(data[: len(data) // 2] + bytes(20) + data[len(data) // 2 + 20 :])
+    Image.fromarray(np.zeros((5000, 1, 3), np.uint8)).save(source / 'thread.png')
     done = predict(folder, source, tmp_path / 'out')
     assert done.returncode == 1
     lines = [line for line in done.stderr.splitlines() if line.startswith('predict.py: skipped: ')]
-    assert len(lines) == 5
+    assert len(lines) == 7
     for name, found in {
         'alpha.png': 'an alpha channel (mode RGBA); expected a picture of 8 bits',
         'cut.jpg': 'cut off before its end',
         'deep.png': 'other numbers than 8 bits',
         'empty.jpg': '0 bytes',
+        'thread.png': 'error: OpenCV',  # less than a pixel wide when it is resized for the network
+        'worn.png': f'AssertionError: failed to load image: {source}/worn.png; expected a picture of 8 bits',
         'page.png': "no picture that can be read: it begins with b'<html>'",
     }.items():
         assert any(f'skipped: {source / name}: {found}' in line for line in lines), name

@@ -183,9 +183,8 @@ def _good(items: Iterable[tuple[Path, Future]], bad: list[str]) -> Iterator[tupl
     for path, future in items:
         try:
             yield path, future.result()
-        except (ValueError, OSError, cv2.error) as error:
-            text = ' '.join(str(error).split())
-            bad.append(text if str(path) in text else f'{path}: {text}')
+        except ValueError as error:
+            bad.append(str(error))
 
 
 def predict_video(predictor: Predictor, args: argparse.Namespace) -> list[str]:
