@@ -178,6 +178,19 @@ def test_cityscapes_label_ids(tmp_path):
     assert np.array_equal(label_ids, np.array([trainId2label[i].id for i in range(19)])[ids])
 
 
+def test_more_classes_than_8_bits_tell(tmp_path):
+    names = tuple(map(str, range(300)))
+    write_checkpoint(tmp_path / 'model.pth', classes=names)
+    tiny_config(classes=names).dump(tmp_path / 'config.py')
+    coarse = np.random.default_rng(0).integers(0, 256, (4, 5, 3), np.uint8)
+    cv2.imwrite(str(tmp_path / 'a.png'), cv2.resize(coarse, (64, 48)))
+    done = predict(tmp_path, 'a.png', 'out')
+    assert done.returncode == 0, done.stderr
+    labels = Predictor(tmp_path / 'config.py', tmp_path / 'model.pth', 'cpu')(tmp_path / 'a.png')
+    assert labels.max() > 255
+    assert (cv2.imread(str(tmp_path / 'out' / 'a.png'), cv2.IMREAD_UNCHANGED) != labels).mean() < 1e-3
+
+
 BAD = {
     'empty folder': (['none', 'out'], 2, 'none: the folder holds no image (found: nothing); expected *.jpg, '),
     'no such file': (['in/9.png', 'out'], 2, 'in/9.png: there is no such file; expected an image, a folder, a glob'),

@@ -45,7 +45,9 @@ def write_checkpoint(path, classes=None):
     with torch.no_grad():
         model.train()._forward(torch.randn(8, 3, 48, 64))
     classes = classes or Config.fromfile(CAMVID).test_dataloader.dataset.metainfo.classes
-    meta = dict(dataset_meta=dict(classes=classes, palette=[[i, 2 * i, 3 * i] for i in range(len(classes))]))
+    meta = dict(
+        dataset_meta=dict(classes=classes, palette=[[i % 256, 2 * i % 256, 3 * i % 256] for i in range(len(classes))])
+    )
     torch.save(dict(state_dict=model.state_dict(), meta=meta), path)
     return path
 

@@ -159,7 +159,8 @@ def predict_images(predictor: Predictor, args: argparse.Namespace) -> list[str]:
     bad: list[str] = []
 
     def write(path: Path, labels: ndarray) -> None:
-        write_picture(label_maps[path], labels if table is None else table[labels])
+        written = labels if labels.dtype == np.uint8 else labels.astype(np.uint16)  # of more than 256 classes
+        write_picture(label_maps[path], written if table is None else table[labels])
         if overlays:
             write_picture(overlays[path], overlay(read_image(path), labels, predictor.palette))
 
