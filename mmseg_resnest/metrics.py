@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import cv2
+import numpy as np
 import torch
 from mmengine.dist import all_reduce, get_rank, get_world_size
 from mmseg.evaluation import IoUMetric as _IoUMetric
@@ -46,6 +47,7 @@ class IoUMetric(_IoUMetric):
         self._sum: Tensor | None = None
         self._last: Tensor | None = None  # the last image's part of the sum
         self._unchecked: list[tuple[dict, Tensor]] = []
+        self._written: dict[Path, str] = {}
 
     def process(self, data_batch: dict, data_samples: Sequence[dict]) -> None:
         """Counts a batch.
@@ -126,10 +128,16 @@ class IoUMetric(_IoUMetric):
 
     def _write(self, sample: Mapping) -> None:
         """Writes the prediction to ``output_dir`` as PNG, with the data set's own numbers."""
-        path = Path(self.output_dir, os.path.splitext(os.path.basename(sample['img_path']))[0] + '.png')
-        labels = sample['pred_sem_seg']['data'].squeeze().byte().cpu().numpy()
+        image = sample['img_path']
+        path = Path(self.output_dir, os.path.splitext(os.path.basename(image))[0] + '.png')
+        if (other := self._written.setdefault(path, image)) != image:
+            raise ValueError(f'{image} and {other} would both become {path}; expected images of different names')
         # where 0 is what is ignored, the data set's first class is 1
-        if not cv2.imwrite(str(path), labels + bool(sample.get('reduce_zero_label', False))):
+        first = int(bool(sample.get('reduce_zero_label', False)))
+        dtype = np.uint8 if len(self.dataset_meta['classes']) + first <= 256 else np.uint16
+        data = sample['pred_sem_seg']['data']
+        labels = data.reshape(data.shape[-2:]).cpu().numpy().astype(dtype)
+        if not cv2.imwrite(str(path), labels + dtype(first)):
             raise OSError(f'{path}: cannot be written; expected a folder with space left')
 
     def evaluate(self, size: int) -> dict[str, float]:

@@ -3,6 +3,8 @@
 torch's own SyncBatchNorm calls collectives that the compiler cannot trace: it breaks the graph at every layer.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.distributed._functional_collectives as collectives
 from mmengine.model import convert_sync_batchnorm
@@ -51,7 +53,7 @@ class SyncBatchNorm(_BatchNorm):
         return synced.train(module.training)
 
 
-def batch_norm_parts(parts: list[Tensor], norm: _BatchNorm) -> list[Tensor]:
+def batch_norm_parts(parts: Sequence[Tensor], norm: _BatchNorm | nn.Identity) -> Sequence[Tensor]:
     r"""Normalises consecutive channel ranges of one batch norm layer: :math:`w (x - \mu) / \sigma + b`.
 
     In training the running statistics are updated as torch does it. The statistics of all parts of a SyncBatchNorm
@@ -59,7 +61,8 @@ def batch_norm_parts(parts: list[Tensor], norm: _BatchNorm) -> list[Tensor]:
 
     Args:
         parts: Each (B, C_i, ...), with the channels C_i adding up to ``norm.num_features``.
-        norm: The layer. One that is neither in eval mode nor a SyncBatchNorm is torch's, within this process.
+        norm: The layer. One that is neither in eval mode nor a SyncBatchNorm is torch's, within this process. The
+            identity stands where it was folded into a convolution.
 
     Returns:
         The parts normalised, of the same shapes and dtypes.
@@ -67,6 +70,8 @@ def batch_norm_parts(parts: list[Tensor], norm: _BatchNorm) -> list[Tensor]:
     Raises:
         ValueError: The parts have other channels than the layer, or no channel dimension.
     """
+    if isinstance(norm, nn.Identity):
+        return parts
     channels = [part.shape[1] if part.dim() > 1 else 0 for part in parts]
     if 0 in channels or sum(channels) != norm.num_features:
         shapes = ', '.join(str(tuple(part.shape)) for part in parts)

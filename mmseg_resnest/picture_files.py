@@ -21,7 +21,9 @@ JPEG = ('JPEG', 'MPO')  # MPO: a JPEG file with further pictures behind the firs
 REMEMBERED_FROM = 1000  # fewer files are read in some 0.1 s
 _END = {'JPEG': b'\xff\xd9', 'MPO': b'\xff\xd9', 'PNG': b'IEND'}
 _CHUNK = 128  # files that a process is given at a time: their headers take it some 10 ms
-_VERSION = 2  # of what is remembered
+_VERSION = 3  # of what is remembered
+# Modes of images of 8 bits without alpha; '': Pillow does not know the format, and OpenCV finds such an image in it.
+_PLAIN = ('RGB', 'L', 'P', '1', 'CMYK', 'YCbCr', '')
 # What libjpeg remarks upon and decodes all the same, since nothing of it bears on the pixels of a photograph.
 _HARMLESS = ('Invalid SOS parameters', 'Warning: unknown JFIF revision', 'Unknown Adobe color transform')
 # The entry of EXIF data, of either byte order, that holds an orientation other than 1.
@@ -58,7 +60,8 @@ class Picture(NamedTuple):
         mtime_ns: When it was last written.
         whole: Whether its pixels were decoded.
         format: Pillow's name, as ``'PNG'``.
-        mode: Pillow's name of its channels and depth, as ``'RGB'``, ``'I;16'`` or ``'RGB;16B'``.
+        mode: Pillow's name of its channels and depth, as ``'RGB'``, ``'I;16'`` or ``'RGB;16B'``; where only OpenCV
+            reads the file, empty or, for other than 8 bits or with alpha, as ``'float32 of 3 channels'``.
         width: Of the picture as loaded; 0 where the header does not tell.
         height: Likewise.
         channels: Of the picture as loaded; a palette's index is one, for Pillow. 0 where the header does not tell.
@@ -119,8 +122,8 @@ def _read_header(picture: Picture, file: BinaryIO, task: Task) -> Picture:
     try:
         header = Image.open(file)
     except (Image.UnidentifiedImageError, Image.DecompressionBombError) as error:
-        if not task.is_label and cv2.haveImageReader(file.name) and cv2.imread(file.name) is not None:
-            return _as_loaded(picture, file, task)
+        if not task.is_label and (mode := _opencv_mode(file)) is not None:
+            return _as_loaded(picture._replace(mode=mode), file, task)
         if isinstance(error, Image.DecompressionBombError):
             raise
         file.seek(0)
@@ -137,6 +140,24 @@ def _read_header(picture: Picture, file: BinaryIO, task: Task) -> Picture:
     if header.format == 'TIFF':  # which every decoder turns, whatever it is asked: Pillow's size is that of afterwards
         return picture._replace(orientation=_orientation(header.getexif()))
     return _as_loaded(picture, file, task) if task.may_turn and _has_orientation(header, file, task) else picture
+
+
+def _opencv_mode(file: BinaryIO) -> str | None:
+    """Returns the mode of a picture that OpenCV decodes; None if it does not."""
+    file.seek(0)  # by name OpenCV crashes where that is no UTF-8
+    pixels = cv2.imdecode(np.frombuffer(file.read(), np.uint8), cv2.IMREAD_UNCHANGED)
+    if pixels is None:
+        return None
+    channels = pixels.shape[2] if pixels.ndim > 2 else 1
+    return '' if pixels.dtype == np.uint8 and channels in (1, 3) else f'{pixels.dtype} of {channels} channels'
+
+
+def loss_when_loaded(picture: Picture) -> str:
+    """Returns what an image has that loading it as 8 bits in colour silently drops; empty if nothing."""
+    if picture.mode in _PLAIN:
+        return ''
+    has_alpha = picture.mode in ('RGBA', 'LA', 'PA', 'RGBa', 'La', 'uint8 of 4 channels')
+    return f'{"an alpha channel" if has_alpha else "other numbers than 8 bits"} (mode {picture.mode})'
 
 
 def _has_orientation(header: Image.Image, file: BinaryIO, task: Task) -> bool:

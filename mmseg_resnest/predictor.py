@@ -17,10 +17,10 @@ from torch import Tensor
 from mmseg_resnest.checkpoints import check_options, load_strictly, model_weights, read_checkpoint
 from mmseg_resnest.datasets import datasets_of
 from mmseg_resnest.network import Speed, default_speed, speed_up
-from mmseg_resnest.picture_files import Task, read_picture
+from mmseg_resnest.picture_files import Task, loss_when_loaded, read_picture
 
 Image = str | Path | ndarray | Tensor
-MODES = ('RGB', 'L', 'P', '1', 'CMYK', 'YCbCr', '')  # Pillow's, of 8 bits without alpha; '': only OpenCV reads it
+EXPECTED = 'expected a picture of 8 bits, grey or colour, that decodes whole'
 AHEAD = 4  # batches of images that are sorted by size
 
 
@@ -81,7 +81,7 @@ class Predictor:
         Raises:
             ValueError: An image is not one of 8 bits, does not decode, or has another shape; the message names it.
         """
-        if isinstance(images, str | Path | ndarray | Tensor):
+        if isinstance(images, str | Path | ndarray | Tensor) or not isinstance(images, Iterable):
             return next(self._stream([images]))
         if isinstance(images, Iterator):
             return self._stream(images)
@@ -100,12 +100,17 @@ class Predictor:
         """
         if isinstance(image, str | Path):
             check_image(image)
-            return self._from_file(dict(img_path=str(image)))
+            try:
+                return self._from_file(dict(img_path=str(image)))
+            except Exception as error:  # whatever a decoder or a transform raises
+                found = f'{type(error).__name__}: {" ".join(str(error).split())}'
+                raise ValueError(f'{image}: {found}; {EXPECTED}') from error
         array = image.detach().cpu().permute(1, 2, 0).numpy()[..., ::-1] if _is_picture(image) else image
         if not isinstance(array, ndarray) or array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3:
+            found = f' {tuple(image.shape)}, {image.dtype}' if isinstance(image, ndarray | Tensor) else ''
             raise ValueError(
-                f'an image is {type(image).__name__} {tuple(image.shape)}, {image.dtype}; expected an array (H, W, 3) '
-                'uint8, BGR, or a tensor (3, H, W) uint8, RGB'
+                f'an image is {type(image).__name__}{found}; expected a path, an array (H, W, 3) uint8, BGR, or a '
+                'tensor (3, H, W) uint8, RGB'
             )
         if 0 in array.shape:
             raise ValueError(f'an image is {tuple(image.shape)}; expected at least one pixel')
@@ -130,14 +135,12 @@ class Predictor:
 def check_image(path: str | Path) -> None:
     """Raises a ValueError if a file is not a picture of 8 bits without alpha that decodes whole."""
     picture = read_picture(Task(str(path), False, False, 'cv2', True))
-    expected = 'expected a picture of 8 bits, grey or colour, that decodes whole'
     if picture is None:
-        raise ValueError(f'{path}: there is no such file; {expected}')
+        raise ValueError(f'{path}: there is no such file; {EXPECTED}')
     if found := picture.defect or picture.unreadable:
-        raise ValueError(f'{path}: {found}; {expected}')
-    if picture.mode not in MODES:
-        kind = 'an alpha channel' if picture.mode in ('RGBA', 'LA', 'PA', 'RGBa', 'La') else 'other numbers than 8 bits'
-        raise ValueError(f'{path}: {kind} (Pillow mode {picture.mode}); {expected}. Convert it, as you mean it')
+        raise ValueError(f'{path}: {found}; {EXPECTED}')
+    if found := loss_when_loaded(picture):
+        raise ValueError(f'{path}: {found}; {EXPECTED}. Convert it, as you mean it')
 
 
 def _is_picture(image: Image) -> bool:

@@ -93,7 +93,8 @@ class SplitAttentionConv2d(nn.Module):
         """How the convolution is executed there. Measured on H100 and H200, in bfloat16, channels-last."""
         if self.execution is not None:
             return self.execution
-        if device.type != 'cuda' or self.radix == 1 or not isinstance(self.bn0, _BatchNorm):
+        splits_apart = isinstance(self.bn0, _BatchNorm | nn.Identity)  # the identity: folded into the convolution
+        if device.type != 'cuda' or self.radix == 1 or not splits_apart:
             return 'grouped'
         return 'dense' if self.conv.in_channels <= 64 else 'split'
 
@@ -110,11 +111,13 @@ class SplitAttentionConv2d(nn.Module):
         conv = self.conv
         if not isinstance(x, Tensor):
             weights = conv.weight.chunk(self.radix)
-            convolve = partial(F.conv2d, stride=conv.stride, padding=conv.padding, dilation=conv.dilation)
-            splits = [convolve(part, weight, groups=self.groups) for part, weight in zip(x, weights, strict=True)]
+            biases = [None] * self.radix if conv.bias is None else conv.bias.chunk(self.radix)  # of a folded norm
+            steps = conv.stride, conv.padding, conv.dilation, self.groups
+            splits = [F.conv2d(*tensors, *steps) for tensors in zip(x, weights, biases, strict=True)]
             return [self.relu(split) for split in batch_norm_parts(splits, self.bn0)]
         if self.execution_on(x.device) == 'dense':
-            x = F.conv2d(x, _without_groups(conv.weight, conv.groups), None, conv.stride, conv.padding, conv.dilation)
+            weight = _without_groups(conv.weight, conv.groups)
+            x = F.conv2d(x, weight, conv.bias, conv.stride, conv.padding, conv.dilation)
         else:
             x = conv(x)
         return self.relu(self.bn0(x)).chunk(self.radix, 1)

@@ -1,7 +1,7 @@
 """Test-time augmentation: OpenMMLab's, and the authors' multi-scale evaluation (zhanghang1989/PyTorch-Encoding)."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 
 import torch
@@ -11,8 +11,11 @@ from mmseg.structures import SegDataSample
 from torch import Tensor, nn
 from torch.nn import functional
 
+from mmseg_resnest.inference import WINDOWS
 from mmseg_resnest.ops import Placement, upsample_argmax
+from mmseg_resnest.ops.upsample_argmax import place
 from mmseg_resnest.registry import MODELS
+from mmseg_resnest.segmentor import EncoderDecoder, has_plain_predict
 
 
 @MODELS.register_module()
@@ -194,21 +197,32 @@ class AuthorsTTAModel(BaseModel):
         padded[:, :height, :width] = image
         scores = padded.new_zeros(self.module.out_channels, *padded.shape[1:], dtype=torch.float64)
         covered = padded.new_zeros(padded.shape[1:])
-        for top in rows:
-            for left in columns:
-                window = slice(top, top + crop), slice(left, left + crop)
-                scores[:, *window] += self._mirrored_scores(padded[:, *window])
-                covered[window] += 1
+        corners = [(top, left) for top in rows for left in columns]
+        windows = torch.stack([padded[:, top : top + crop, left : left + crop] for top, left in corners])
+        for (top, left), part in zip(corners, self._mirrored_scores(windows), strict=True):
+            window = slice(top, top + crop), slice(left, left + crop)
+            scores[:, *window] += part
+            covered[window] += 1
         return (scores / covered)[:, :height, :width]
 
     def _window_starts(self, length: int) -> range:
         return range(0, max(length - self.crop_size, 0) + self.stride, self.stride)
 
-    def _mirrored_scores(self, window: Tensor) -> Tensor:
-        pair = torch.stack([window, window.flip(-1)])
+    def _mirrored_scores(self, windows: Tensor) -> Iterator[Tensor]:
+        """Yields the scores of each window, which run through the network together, each with its mirror."""
+        for part in windows.split(WINDOWS // 2):
+            logits, mirrored = self._logits(torch.cat([part, part.flip(-1)])).chunk(2)
+            for one, other in zip(logits, mirrored, strict=True):
+                yield (one.double() + other.flip(-1)).exp()
+
+    def _logits(self, images: Tensor) -> Tensor:
+        """Returns the logits of images, at their size; our segmentor runs as ``network.speed_up`` has made it."""
+        if isinstance(self.module, EncoderDecoder) and has_plain_predict(self.module.decode_head):
+            logits = self.module.low_resolution_logits(images)
+            dtype = torch.promote_types(logits.dtype, torch.float32)
+            return place(logits.to(dtype), Placement(tuple(images.shape[2:]), align_corners=self.module.align_corners))
         # mmseg takes a torch.Size for the size to which logits are resized.
-        logits, mirrored = self.module.encode_decode(pair, [dict(img_shape=pair.shape[2:])] * 2).double()
-        return (logits + mirrored.flip(-1)).exp()
+        return self.module.encode_decode(images, [dict(img_shape=images.shape[2:])] * len(images))
 
 
 def _resize(x: Tensor, size: Sequence[int]) -> Tensor:

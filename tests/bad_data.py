@@ -9,6 +9,10 @@ import numpy as np
 from PIL import Image
 
 PAIR = 'Get the file again from where it comes, or remove it and its partner.'
+LOSS = (
+    'expected 8 bits, grey or colour. The loader keeps the upper 8 of 16 bits, and no alpha; write 8 bits without it, '
+    'as you mean it.'
+)
 
 
 class Row(NamedTuple):
@@ -134,6 +138,24 @@ ROWS = {
 }
 
 
+# What loading drops from an image: an error in a test, a warning in training.
+LOSSES = {
+    '16-bit image': Row(
+        lambda image, label: convert(image, lambda pixels: pixels.astype(np.uint16) * 257),
+        '{image}: other numbers than 8 bits (mode RGB;16B); ' + LOSS,
+    ),
+    'image with alpha': Row(
+        lambda image, label: convert(image, lambda pixels: cv2.cvtColor(pixels, cv2.COLOR_BGR2BGRA)),
+        '{image}: an alpha channel (mode RGBA); ' + LOSS,
+    ),
+}
+
+
+def convert(path: Path, change: Callable[[np.ndarray], np.ndarray]) -> None:
+    """Rewrites a picture as PNG, under its name."""
+    path.write_bytes(cv2.imencode('.png', change(cv2.imread(str(path))))[1].tobytes())
+
+
 def overwrite_png(path: Path) -> None:
     """Flips a bit of the compressed pixels' checksum."""
     data = bytearray(path.read_bytes())
@@ -144,5 +166,6 @@ def overwrite_png(path: Path) -> None:
 def spoil(root: Path, split: str, name: str, row: str) -> str:
     """Spoils a pair and returns its finding's line."""
     image, label = root / 'images' / split / f'{name}.jpg', root / 'annotations' / split / f'{name}.png'
-    ROWS[row].spoil(image, label)
-    return ROWS[row].line.format(image=image, label=label, stem=name)
+    rows = ROWS | LOSSES
+    rows[row].spoil(image, label)
+    return rows[row].line.format(image=image, label=label, stem=name)

@@ -9,7 +9,7 @@ from test_segmentor import HEADS, make_config
 from torch import nn
 
 from mmseg_resnest.fold import fold_batch_norms
-from mmseg_resnest.resnest import ResNeSt
+from mmseg_resnest.resnest import EXECUTIONS, ResNeSt, SplitAttentionConv2d
 
 
 def settled(module, x):
@@ -39,14 +39,29 @@ def test_segmentors(head):
         assert (model._forward(x) - truth).abs().max() < 1e-10 * truth.abs().max()
 
 
+@pytest.mark.parametrize('execution', EXECUTIONS)
 @pytest.mark.parametrize('options', [dict(radix=1), dict(radix=2, groups=2, base_width=32), dict(avd_first=True)])
-def test_radix_convolutions(options):
+def test_radix_convolutions(options, execution):
+    """However they are executed, every norm of the backbone is folded, and the execution stays."""
     torch.manual_seed(0)
     x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
-    model = settled(ResNeSt(14, output_stride=8, **options).double(), x)
-    truth = model(x)[-1].detach()
+    model = settled(ResNeSt(14, output_stride=8, radix_conv=execution, **options).double(), x)
+    with torch.no_grad():
+        truth = model(x)[-1]
+        assert fold_batch_norms(model, lambda: model(x)[-1]) == 3 + 4 * 4 + 4  # stem, blocks, shortcuts
+        assert not any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+        assert (model(x)[-1] - truth).abs().max() < 1e-10 * truth.abs().max()
+    assert all(block.conv2.execution == execution for block in (model.layer1[0], model.layer4[0]))
+
+
+def test_the_fastest_execution_is_that_of_the_norm_which_was_folded():
+    model = ResNeSt(14, output_stride=8).eval()
+    convs = [module for module in model.modules() if isinstance(module, SplitAttentionConv2d)]
+    before = [conv.execution_on(torch.device('cuda')) for conv in convs]
+    x = torch.randn(1, 3, 64, 64)
     fold_batch_norms(model, lambda: model(x)[-1])
-    assert (model(x)[-1] - truth).abs().max() < 1e-10 * truth.abs().max()
+    assert [conv.execution_on(torch.device('cuda')) for conv in convs] == before
+    assert set(before) == {'dense', 'split'}
 
 
 def test_what_does_not_fold_stays():

@@ -132,6 +132,19 @@ def test_without_labels_only_the_prediction_is_checked(tmp_path):
     assert metric.results == []
 
 
+@pytest.mark.parametrize(('classes', 'reduced', 'label'), [(256, False, 255), (256, True, 255), (300, False, 299)])
+def test_predictions_are_written_as_the_numbers_that_they_are(classes, reduced, label, tmp_path):
+    metric = IoUMetric(format_only=True, output_dir=str(tmp_path))
+    metric.dataset_meta = dict(classes=tuple(map(str, range(classes))))
+    data = torch.tensor([[[0, 1, label]]])  # a row of pixels is no column
+    sample = dict(img_path='x/a.jpg', pred_sem_seg=dict(data=data), reduce_zero_label=reduced)
+    metric.process({}, [sample])
+    metric.process({}, [sample])
+    assert cv2.imread(str(tmp_path / 'a.png'), cv2.IMREAD_UNCHANGED).tolist() == (data[0] + reduced).tolist()
+    with pytest.raises(ValueError, match=r'y/a\.png and x/a\.jpg would both become .*/a\.png; expected images of'):
+        metric.process({}, [sample | dict(img_path='y/a.png')])
+
+
 def test_a_second_evaluation_replaces_the_first():
     metric, _ = evaluated(IoUMetric)
     metric.process({}, [dict(gt_sem_seg=dict(data=LABELS[:1]), pred_sem_seg=dict(data=LABELS[:1]))])

@@ -1,11 +1,11 @@
 """Fast evaluation on a trained model: exact with every switch off, and what each switch changes."""
 
 import json
-import math
 import os
 import subprocess
 import sys
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -21,8 +21,8 @@ from mmseg_resnest.network import GraphedBySize, Speed
 
 CONFIG = ROOT / 'configs' / 'pspnet_resnest14_demo.py'
 CLASSES = 12
-OPTIONS = ['model.type=mmseg_resnest.EncoderDecoder', 'model.data_preprocessor.size=(64,96)', 'train_cfg.max_iters=60']
-OPTIONS += ['train_cfg.val_interval=60', 'param_scheduler.0.end=60', 'default_hooks.checkpoint.interval=60']
+OPTIONS = ['model.data_preprocessor.size=(64,96)', 'train_cfg.max_iters=180', 'train_cfg.val_interval=180']
+OPTIONS += ['param_scheduler.0.end=180', 'default_hooks.checkpoint.interval=180']
 
 
 def test_a_number_format_that_there_is_not():
@@ -65,7 +65,7 @@ def test_graphs_give_what_the_network_gives(compiles):
 
 @pytest.fixture(scope='module')
 def trained(tmp_path_factory):
-    """The demo in small, trained for a minute: a folder with its data and checkpoint."""
+    """The demo in small, trained for half a minute to an mIoU of 40: a folder with its data and checkpoint."""
     root = tmp_path_factory.mktemp('network')
     demo.generate(root / 'data/demo', train=40, val=8, size=(64, 96))
     demo.generate(root / 'other', train=1, val=5, size=(80, 64))
@@ -79,11 +79,14 @@ def trained(tmp_path_factory):
     return root
 
 
-def evaluate(trained, *args, cfg_options=()):
-    args = ['w/iter_60.pth', *args, '--json', 'r.json', '--out', 'out', '--cfg-options', *OPTIONS[:1], *cfg_options]
-    done = run_tool('test', CONFIG, *args, cwd=trained)
+def evaluate(trained, *args):
+    """Returns the figures, and the label maps of the images."""
+    out = trained / 'out' / '_'.join(args)
+    done = run_tool('test', CONFIG, 'w/iter_180.pth', *args, '--json', 'r.json', '--out', out, cwd=trained)
     assert done.returncode == 0, done.stderr
-    return json.loads((trained / 'r.json').read_text())
+    labels = {path.name: cv2.imread(str(path), cv2.IMREAD_UNCHANGED) for path in out.glob('*.png')}
+    assert len(labels) == 13
+    return json.loads((trained / 'r.json').read_text()), labels
 
 
 @pytest.fixture(scope='module')
@@ -95,10 +98,11 @@ def exact(trained):
 def test_exact_is_mmsegmentations(trained, exact):
     """The confusion matrix of its own model, resized and argmaxed by itself, and the figures of its own metric."""
     cfg = Config.fromfile(CONFIG)
+    cfg.model.type = 'mmseg.EncoderDecoder'
     cfg.test_dataloader.dataset.data_root = str(trained / 'data/demo')
     del cfg.test_dataloader.batch_sampler
     cfg.test_dataloader.batch_size = 1
-    model = init_model(cfg, str(trained / 'w/iter_60.pth'), 'cpu')
+    model = init_model(cfg, str(trained / 'w/iter_180.pth'), 'cpu')
     assert type(model).__module__.startswith('mmseg.')
     evaluator = Evaluator(dict(type='mmseg.IoUMetric'))
     loader = Runner.build_dataloader(cfg.test_dataloader)
@@ -111,26 +115,22 @@ def test_exact_is_mmsegmentations(trained, exact):
         for sample in samples:
             label, prediction = (x.data.numpy().ravel() for x in (sample.gt_sem_seg, sample.pred_sem_seg))
             np.add.at(confusion, (label[label != 255], prediction[label != 255]), 1)
-    assert exact['confusion'] == confusion.tolist()
+    found, _ = exact
+    assert found['confusion'] == confusion.tolist()
     figures = evaluator.evaluate(len(loader.dataset))
-    assert {name: exact[name] for name in figures} == pytest.approx({name: float(v) for name, v in figures.items()})
-    assert exact['mIoU'] > 15
+    assert {name: found[name] for name in figures} == pytest.approx({name: float(v) for name, v in figures.items()})
+    assert found['mIoU'] > 35
 
 
-def assert_close(found, exact, pixels, miou):
-    """At most a share of the pixels was counted elsewhere, and the mIoU is close."""
-    found_matrix, matrix = np.array(found['confusion']), np.array(exact['confusion'])
-    assert found_matrix.sum() == matrix.sum()
-    assert np.abs(found_matrix - matrix).sum() / 2 <= pixels * matrix.sum()
-    assert abs(found['mIoU'] - exact['mIoU']) <= miou + 0.005  # rounded to 0.01
-
-
+# The switch -> its options, and at most the share of the pixels and the mIoU that it may change. Half precision was
+# meant to change 1e-4 of the pixels: here it is 2.5e-4 and 1.8e-3, with a last layer in float32 hardly less. These
+# pictures are small, with borders of classes everywhere.
 SWITCHES = {
     'batches': (['--no-fold'], 1e-4, 0.01),
     'folding': (['--batch-size', '1'], 1e-4, 0.01),
     'both': ([], 1e-4, 0.01),
-    'bfloat16': (['--dtype', 'bfloat16'], 0.02, 0.3),
-    'float16': (['--dtype', 'float16'], 0.003, 0.05),
+    'float16': (['--dtype', 'float16'], 4e-4, 0.02),
+    'bfloat16': (['--dtype', 'bfloat16'], 3e-3, 0.05),
 }
 
 
@@ -138,25 +138,27 @@ SWITCHES = {
 @pytest.mark.parametrize('switch', SWITCHES)
 def test_each_switch(switch, trained, exact):
     args, pixels, miou = SWITCHES[switch]
-    found = evaluate(trained, *args)
-    changed = np.abs(np.array(found['confusion']) - np.array(exact['confusion'])).sum() / 2
-    print(
-        f'{switch}: {changed / np.sum(exact["confusion"]):.1e} of the pixels, mIoU {found["mIoU"] - exact["mIoU"]:+.2f}'
-    )
-    assert_close(found, exact, pixels, miou)
+    found, labels = evaluate(trained, *args)
+    changed = sum((labels[name] != label).sum() for name, label in exact[1].items())
+    share = changed / sum(label.size for label in exact[1].values())
+    print(f'{switch}: {share:.1e} of the pixels, mIoU {found["mIoU"] - exact[0]["mIoU"]:+.2f}')
+    assert share <= pixels
+    assert abs(found['mIoU'] - exact[0]['mIoU']) <= miou + 0.005  # rounded to 0.01
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('sampler', [[], ['test_dataloader.batch_sampler=None', 'test_dataloader.batch_size=1']])
+@pytest.mark.parametrize(
+    'sampler', [[], ['--cfg-options', 'test_dataloader.batch_sampler=None', 'test_dataloader.batch_size=1']]
+)
 def test_three_processes_count_each_image_once(sampler, trained, exact):
     """13 images: with DefaultSampler two processes repeat one, with ours one has fewer batches."""
     command = [sys.executable, '-m', 'torch.distributed.run', '--nproc-per-node=3', '--master-port=0']
     command = [*command, '--rdzv-backend=c10d', '--rdzv-endpoint=localhost:0', str(ROOT / 'tools/test.py'), str(CONFIG)]
-    command += ['w/iter_60.pth', '--json', 'three.json', '--cfg-options', *OPTIONS[:1], *sampler]
+    command += ['w/iter_180.pth', '--json', 'three.json', *sampler]
 
     done = subprocess.run(command, cwd=trained, env=os.environ | ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads((trained / 'three.json').read_text())
-    assert np.sum(found['confusion']) == np.sum(exact['confusion'])
-    assert_close(found, exact, 1e-4, 0.01)
-    assert not math.isnan(found['mIoU'])
+    matrix, truth = np.array(found['confusion']), np.array(exact[0]['confusion'])
+    assert matrix.sum() == truth.sum()
+    assert np.abs(matrix - truth).sum() <= 2e-4 * truth.sum()  # a pixel leaves one cell and comes to another

@@ -1,5 +1,8 @@
 """tools/predict.py on files, folders, globs and a video; and what it says of bad ones."""
 
+import os
+import shutil
+
 import cv2
 import numpy as np
 import pytest
@@ -69,20 +72,67 @@ def test_bad_files_are_reported_and_left_out(folder, tmp_path):
     Image.fromarray(np.full((9, 9), 999, np.uint16)).save(source / 'deep.png')
     good.save(source / 'cut.jpg')
     (source / 'cut.jpg').write_bytes((source / 'cut.jpg').read_bytes()[:-400])
+    data = (folder / 'in' / '0.png').read_bytes()
+    (source / 'worn.png').write_bytes(data[: len(data) // 2] + bytes(20) + data[len(data) // 2 + 20 :])
+    Image.fromarray(np.zeros((5000, 1, 3), np.uint8)).save(source / 'thread.png')
     done = predict(folder, source, tmp_path / 'out')
     assert done.returncode == 1
     lines = [line for line in done.stderr.splitlines() if line.startswith('predict.py: skipped: ')]
-    assert len(lines) == 5
+    assert len(lines) == 7
     for name, found in {
-        'alpha.png': 'an alpha channel (Pillow mode RGBA); expected a picture of 8 bits',
+        'alpha.png': 'an alpha channel (mode RGBA); expected a picture of 8 bits',
         'cut.jpg': 'cut off before its end',
         'deep.png': 'other numbers than 8 bits',
         'empty.jpg': '0 bytes',
+        'thread.png': 'error: OpenCV',  # less than a pixel wide when it is resized for the network
+        'worn.png': f'AssertionError: failed to load image: {source}/worn.png; expected a picture of 8 bits',
         'page.png': "no picture that can be read: it begins with b'<html>'",
     }.items():
         assert any(f'skipped: {source / name}: {found}' in line for line in lines), name
     assert sorted(path.name for path in (tmp_path / 'out').iterdir()) == ['good.png', 'last.png']
     assert 'Traceback' not in done.stderr
+
+
+ODD = {
+    'two words.png': np.full((20, 30, 3), 200, np.uint8),
+    'straße/日本.PNG': np.arange(20 * 30, dtype=np.uint16).reshape(20, 30).astype(np.uint8),  # grey
+    'a.b.c.bmp': np.full((1, 1, 3), 90, np.uint8),
+    '[a]/-x.tif': np.full((1, 40, 3), 90, np.uint8),
+    '[b]/-x.png': np.full((40, 1, 3), 90, np.uint8),
+}
+
+
+def test_odd_names_and_sizes(folder, predictor, tmp_path):
+    for name, array in ODD.items():
+        (tmp_path / 'in' / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(array).save(tmp_path / 'in' / name)
+    (tmp_path / 'in' / 'folder.jpg').mkdir()
+    (tmp_path / 'out').mkdir()
+    (tmp_path / 'out' / 'a.b.c.png').write_text('of an earlier run')
+    done = predict(folder, tmp_path / 'in', tmp_path / 'out', '--overlays', tmp_path / 'seen')
+    assert done.returncode == 0, done.stderr
+    assert sum(path.is_file() for path in (tmp_path / 'out').rglob('*')) == len(ODD)
+    for name, array in ODD.items():
+        found = cv2.imread(str((tmp_path / 'out' / name).with_suffix('.png')), cv2.IMREAD_UNCHANGED)
+        assert found.shape == array.shape[:2]
+        assert (found != predictor(tmp_path / 'in' / name)).mean() < 1e-3
+        assert cv2.imread(str((tmp_path / 'seen' / name).with_suffix('.png'))).shape == (*array.shape[:2], 3)
+    done = predict(folder, tmp_path / 'in' / '[a]' / '-x.tif', tmp_path / 'one')  # a name before a glob
+    assert done.returncode == 0, done.stderr
+
+
+def test_names_that_are_no_utf_8(folder, tmp_path):
+    """By such a name OpenCV would crash."""
+    source = os.fsencode(tmp_path / 'in')
+    os.mkdir(source)
+    shutil.copy(folder / 'in' / '0.png', source + b'/\xff.png')
+    with open(source + b'/\xfe.png', 'wb') as file:
+        file.write(b'nothing')
+    done = predict(folder, tmp_path / 'in', tmp_path / 'out', '--overlays', tmp_path / 'seen')
+    assert done.returncode == 1
+    assert "no picture that can be read: it begins with b'nothing'" in done.stderr
+    for name in ('out', 'seen'):
+        assert os.listdir(os.fsencode(tmp_path / name)) == [b'\xff.png']
 
 
 def test_a_glob_and_an_image(folder, tmp_path):
@@ -128,10 +178,32 @@ def test_cityscapes_label_ids(tmp_path):
     assert np.array_equal(label_ids, np.array([trainId2label[i].id for i in range(19)])[ids])
 
 
+def test_more_classes_than_8_bits_tell(tmp_path):
+    names = tuple(map(str, range(300)))
+    write_checkpoint(tmp_path / 'model.pth', classes=names)
+    tiny_config(classes=names).dump(tmp_path / 'config.py')
+    coarse = np.random.default_rng(0).integers(0, 256, (4, 5, 3), np.uint8)
+    cv2.imwrite(str(tmp_path / 'a.png'), cv2.resize(coarse, (64, 48)))
+    done = predict(tmp_path, 'a.png', 'out')
+    assert done.returncode == 0, done.stderr
+    labels = Predictor(tmp_path / 'config.py', tmp_path / 'model.pth', 'cpu')(tmp_path / 'a.png')
+    assert labels.max() > 255
+    assert (cv2.imread(str(tmp_path / 'out' / 'a.png'), cv2.IMREAD_UNCHANGED) != labels).mean() < 1e-3
+
+
 BAD = {
     'empty folder': (['none', 'out'], 2, 'none: the folder holds no image (found: nothing); expected *.jpg, '),
     'no such file': (['in/9.png', 'out'], 2, 'in/9.png: there is no such file; expected an image, a folder, a glob'),
     'output is a file': (['in', 'model.pth'], 2, 'model.pth: a file; expected a folder'),
+    'output inside the input': (
+        ['in', 'in/out'],
+        2,
+        'in/out lies in in, where the next run would take what is written',
+    ),
+    'overlays inside the input': (['in', 'out', '--overlays', 'in'], 2, 'in lies in in, where the next run'),
+    'image as output': (['in/0.png', 'in'], 2, 'in/0.png is an image of the input, and would be replaced; expected'),
+    'one folder for both': (['in', 'out', '--overlays', 'out'], 2, '--overlays out: the folder of the label maps;'),
+    'video as output': (['video.avi', './video.avi'], 2, 'video.avi is the input, and would be replaced; expected'),
     'no batch': (['in', 'out', '--batch-size', '0'], 2, '--batch-size 0: expected 1 or more'),
     'other classes': (
         ['in', 'out', '--labels', 'cityscapes'],
@@ -156,8 +228,9 @@ def test_bad_input(case, folder):
 
 
 def test_two_images_with_one_name_are_refused(folder, tmp_path):
+    (tmp_path / 'in').mkdir()
     for name in ('a.png', 'a.jpg'):
-        Image.open(folder / 'in' / '0.png').save(tmp_path / name)
-    done = predict(folder, tmp_path, tmp_path / 'out')
+        Image.open(folder / 'in' / '0.png').save(tmp_path / 'in' / name)
+    done = predict(folder, tmp_path / 'in', tmp_path / 'out')
     assert done.returncode == 2
-    assert f'{tmp_path}/a.jpg and {tmp_path}/a.png would both become {tmp_path}/out/a.png' in done.stderr
+    assert f'{tmp_path}/in/a.jpg and {tmp_path}/in/a.png would both become {tmp_path}/out/a.png' in done.stderr

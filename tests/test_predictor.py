@@ -45,7 +45,9 @@ def write_checkpoint(path, classes=None):
     with torch.no_grad():
         model.train()._forward(torch.randn(8, 3, 48, 64))
     classes = classes or Config.fromfile(CAMVID).test_dataloader.dataset.metainfo.classes
-    meta = dict(dataset_meta=dict(classes=classes, palette=[[i, 2 * i, 3 * i] for i in range(len(classes))]))
+    meta = dict(
+        dataset_meta=dict(classes=classes, palette=[[i % 256, 2 * i % 256, 3 * i % 256] for i in range(len(classes))])
+    )
     torch.save(dict(state_dict=model.state_dict(), meta=meta), path)
     return path
 
@@ -96,7 +98,9 @@ def test_paths_arrays_tensors_and_iterators(predictor, paths, truth):
     assert_same(predictor([tensors[0], paths[1], arrays[2], tensors[3], arrays[4]]), truth)
     assert_same([predictor(tensors[3])], truth[3:4])
     assert_same([predictor(paths[1])], truth[1:2])
-    assert predictor([]) == []
+    assert_same([predictor(np.repeat(arrays[1], 2, axis=1)[:, ::2])], truth[1:2])  # strided
+    assert_same([predictor(arrays[1].transpose(1, 0, 2).copy().transpose(1, 0, 2))], truth[1:2])
+    assert predictor([]) == list(predictor(iter([]))) == []
 
 
 def test_an_iterator_stays_one(predictor, paths, truth):
@@ -152,9 +156,9 @@ BAD = {
         lambda path: (save(path, RGB, format='JPEG'), path.write_bytes(path.read_bytes()[:-300])),
         'cut off|Trunc',
     ),
-    '16 bits': (lambda path: save(path, RGB[..., 0].astype(np.uint16) * 99), r'other numbers than 8 bits \(Pillow'),
+    '16 bits': (lambda path: save(path, RGB[..., 0].astype(np.uint16) * 99), r'other numbers than 8 bits \(mode'),
     '16 bits in colour': (lambda path: cv2.imwrite(str(path), RGB.astype(np.uint16) * 99), r'than 8 bits \(.*16B\)'),
-    'alpha': (lambda path: save(path, np.dstack([RGB, RGB[..., 0]])), r'an alpha channel \(Pillow mode RGBA\); expe'),
+    'alpha': (lambda path: save(path, np.dstack([RGB, RGB[..., 0]])), r'an alpha channel \(mode RGBA\); expe'),
 }
 
 
@@ -176,6 +180,10 @@ def test_bad_files_are_named(case, predictor, tmp_path):
         (torch.zeros(20, 30, 3, dtype=torch.uint8), r'Tensor \(20, 30, 3\)'),
         (torch.zeros(3, 20, 30), r'Tensor \(3, 20, 30\), torch.float32'),
         (RGB[:0], 'expected at least one pixel'),
+        (RGB > 9, r'ndarray \(20, 30, 3\), bool'),
+        (RGB[None], r'ndarray \(1, 20, 30, 3\), uint8'),
+        (Image.fromarray(RGB), 'an image is Image; expected a path, an array'),
+        ([None], 'an image is NoneType; expected a path, an array'),
     ],
 )
 def test_bad_arrays_are_refused(image, found, predictor):

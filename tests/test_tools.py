@@ -8,11 +8,13 @@ import runpy
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 import torch
+from bad_data import LOSSES, spoil
 from mmengine.config import Config
 from mmengine.registry import DefaultScope
 from mmseg.datasets import ADE20KDataset
@@ -444,6 +446,31 @@ def test_bad_input(case, broken):
     assert printed.endswith('(--debug shows where this happened.)\n') == (code == 1)
     assert 'Traceback' not in done.stderr + done.stdout
     assert not (broken / 'made').exists()
+
+
+TESTED = ['truncated JPEG', 'garbage JPEG', 'different sizes', 'EXIF rotation', 'label out of range', *LOSSES]
+
+
+@pytest.mark.parametrize('row', TESTED)
+def test_testing_stops_at_bad_data(row, trained, tmp_path, monkeypatch):
+    shutil.copytree(trained / 'data', tmp_path / 'data')
+    monkeypatch.chdir(tmp_path)
+    line = spoil(Path('data'), 'validation', '2', row)
+    done = run_tool('test', CAMVID, trained / 'w' / 'iter_2.pth', *COMMON, cwd=tmp_path)
+    assert done.returncode == 1
+    assert line in done.stderr.partition('test.py: error: 1 error in 4 pairs of images and label maps:')[2]
+    assert 'mIoU' not in done.stdout
+
+
+def test_testing_an_empty_folder(trained, tmp_path):
+    for kind in ('images', 'annotations'):
+        (tmp_path / 'data' / kind / 'validation').mkdir(parents=True)
+    done = run_tool('test', CAMVID, trained / 'w' / 'iter_2.pth', *COMMON, cwd=tmp_path)
+    assert done.returncode == 1
+    assert (
+        'test.py: error: test_dataloader.dataset: data/images/validation holds no *.jpg (found: nothing). Put the data '
+        'set there, or say where it is with --data-root DIR.' in done.stderr
+    )
 
 
 # ------------------------------------------------------------------------------------------- what a run starts from

@@ -13,6 +13,7 @@ from mmseg.registry import MODELS
 from mmseg.structures import SegDataSample
 from tiny import ROOT
 
+from mmseg_resnest.network import Speed, speed_up
 from mmseg_resnest.tta import AuthorsTTAModel, TTAModel
 
 CLASSES = 5
@@ -128,16 +129,15 @@ def agrees(predicted, scores) -> bool:
 SIZES = {'landscape': (60, 90), 'portrait': (91, 37), 'small': (20, 30), 'odd': (41, 53), 'square': (64, 64)}
 
 
+@pytest.mark.parametrize('type_', ['mmseg.EncoderDecoder', 'mmseg_resnest.EncoderDecoder'])
 @pytest.mark.parametrize('size', SIZES.values(), ids=SIZES)
 @torch.no_grad()
-def test_scores_are_those_of_the_plain_loop(size, segmentor):
-    model = AuthorsTTAModel(segmentor, scales=(0.5, 1.0, 1.75), base_size=52, crop_size=48)
+def test_scores_are_those_of_the_plain_loop(size, type_, segmentor):
+    module = MODELS.build(segmentor_config() | dict(type=type_)).double().eval()
+    module.load_state_dict(segmentor.state_dict())
+    model = AuthorsTTAModel(module, scales=(0.5, 1.0, 1.75), base_size=52, crop_size=48)
     image, black = normalised(random_image(*size)), normalised(torch.zeros(3, 1, 1))
-    model.double()
-    try:
-        found, expected = model(image, black), plain_loop(segmentor, image, black, (0.5, 1.0, 1.75), 52, 48)
-    finally:
-        model.float()
+    found, expected = model(image, black), plain_loop(module, image, black, (0.5, 1.0, 1.75), 52, 48)
     assert found.dtype == torch.float64
     assert found.shape == (CLASSES, *size)
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=0)
@@ -161,7 +161,22 @@ def test_windows_of_each_scale(segmentor):
     with segmentor.backbone.register_forward_pre_hook(lambda module, args: windows.append(args[0].shape)):
         model = AuthorsTTAModel(segmentor, base_size=52, crop_size=48)
         model(torch.zeros(3, 30, 40), torch.zeros(3, 1, 1))
-    assert windows == [(2, 3, 48, 48)] * (1 + 1 + 2 + 4 + 4 + 6)
+    assert windows == [(2 * count, 3, 48, 48) for count in (1, 1, 2, 4, 4, 4, 2)]  # four pairs at a time
+
+
+@pytest.mark.parametrize(('dtype', 'agreeing'), [('float32', 0.999), ('bfloat16', 0.95)])
+@torch.no_grad()
+def test_our_segmentor_runs_as_it_was_sped_up(dtype, agreeing, segmentor):
+    """In another number format than float32 it is the segmentor that knows what its network takes."""
+    module = MODELS.build(segmentor_config() | dict(type='mmseg_resnest.EncoderDecoder'))
+    module.load_state_dict(segmentor.state_dict())
+    speed_up(module, Speed(dtype=dtype))
+    image, black = normalised(random_image(60, 90)).float(), normalised(torch.zeros(3, 1, 1)).float()
+    found = AuthorsTTAModel(module, base_size=52, crop_size=48)(image, black)
+    expected = AuthorsTTAModel(segmentor, base_size=52, crop_size=48)(image, black)
+    assert agreeing <= (found.argmax(0) == expected.argmax(0)).float().mean()
+    assert (found.log() - expected.log()).abs().max() < (1e-3 if dtype == 'float32' else 2)
+    assert not torch.equal(found, expected)
 
 
 def test_defaults_are_the_authors(segmentor):

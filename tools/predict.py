@@ -62,7 +62,7 @@ def images_of(source: str) -> list[Path]:
     """
     path = Path(source)
     if path.is_dir():
-        found = sorted(file for file in path.rglob('*') if file.suffix.lower() in PICTURES)
+        found = sorted(file for file in path.rglob('*') if file.suffix.lower() in PICTURES and not file.is_dir())
         if not found:
             there = ', '.join(sorted(file.name for file in path.iterdir())[:8]) or 'nothing'
             raise cli.UsageError(
@@ -78,17 +78,27 @@ def images_of(source: str) -> list[Path]:
 
 
 def outputs_of(images: Sequence[Path], source: str, folder: Path) -> list[Path]:
-    """Returns where each label map goes: under ``folder`` as the image lies under the input.
+    """Returns where each label map, or overlay, goes: under ``folder`` as the image lies under the input.
 
     Raises:
-        UsageError: Two images would have one label map.
+        UsageError: Two images would have one, it would replace an image, or the next run would take it for an image.
     """
+    if folder.is_file():
+        raise cli.UsageError(f'{folder}: a file; expected a folder')
+    if Path(source).is_dir() and folder.resolve().is_relative_to(Path(source).resolve()):
+        raise cli.UsageError(
+            f'{folder} lies in {source}, where the next run would take what is written for images; expected a folder '
+            'elsewhere, or the images as a glob'
+        )
     common = Path(source) if Path(source).is_dir() else Path(os.path.commonpath([image.parent for image in images]))
     outputs = [folder / image.relative_to(common).with_suffix('.png') for image in images]
     if len(set(outputs)) < len(outputs):
         twice = next(output for i, output in enumerate(outputs) if output in outputs[:i])
         same = [str(image) for image, output in zip(images, outputs, strict=True) if output == twice]
         raise cli.UsageError(f'{" and ".join(same)} would both become {twice}; give a glob that takes one of them')
+    sources = {image.resolve() for image in images}
+    if replaced := [output for output in outputs if output.resolve() in sources]:
+        raise cli.UsageError(f'{replaced[0]} is an image of the input, and would be replaced; expected another folder')
     return outputs
 
 
@@ -127,6 +137,11 @@ def overlay(image: ndarray, labels: ndarray, palette: ndarray) -> ndarray:
     return cv2.addWeighted(image, 1 - OPACITY, palette[labels][..., ::-1], OPACITY, 0)
 
 
+def read_image(path: Path) -> ndarray:
+    """Returns an image (H, W, 3), BGR; OpenCV crashes on a name that is no UTF-8."""
+    return cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_COLOR)
+
+
 def write_picture(path: Path, picture: ndarray) -> None:
     """Writes a picture, or raises an OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -138,15 +153,16 @@ def write_picture(path: Path, picture: ndarray) -> None:
 def predict_images(predictor: Predictor, args: argparse.Namespace) -> list[str]:
     """Predicts images, decoding, computing and encoding at the same time; returns what was bad."""
     images = images_of(args.input)
-    outputs = dict(zip(images, outputs_of(images, args.input, args.output), strict=True))
+    label_maps = dict(zip(images, outputs_of(images, args.input, args.output), strict=True))
+    overlays = dict(zip(images, outputs_of(images, args.input, args.overlays), strict=True)) if args.overlays else {}
     table = label_table(args.labels, predictor.classes)
     bad: list[str] = []
 
     def write(path: Path, labels: ndarray) -> None:
-        write_picture(outputs[path], labels if table is None else table[labels])
-        if args.overlays:
-            picture = overlay(cv2.imread(str(path)), labels, predictor.palette)
-            write_picture(args.overlays / outputs[path].relative_to(args.output), picture)
+        written = labels if labels.dtype == np.uint8 else labels.astype(np.uint16)  # of more than 256 classes
+        write_picture(label_maps[path], written if table is None else table[labels])
+        if overlays:
+            write_picture(overlays[path], overlay(read_image(path), labels, predictor.palette))
 
     threads = max(os.cpu_count() or 1, 2)
     size = AHEAD * predictor.batch_size
@@ -168,9 +184,8 @@ def _good(items: Iterable[tuple[Path, Future]], bad: list[str]) -> Iterator[tupl
     for path, future in items:
         try:
             yield path, future.result()
-        except (ValueError, OSError, cv2.error) as error:
-            text = ' '.join(str(error).split())
-            bad.append(text if str(path) in text else f'{path}: {text}')
+        except ValueError as error:
+            bad.append(str(error))
 
 
 def predict_video(predictor: Predictor, args: argparse.Namespace) -> list[str]:
@@ -235,10 +250,13 @@ def predict(args: argparse.Namespace) -> None:
     is_video = Path(args.input).suffix.lower() in VIDEOS
     if is_video:
         cli.existing_file(args.input, 'video', 'give the path of one')
+        if args.output.resolve() == Path(args.input).resolve():
+            raise cli.UsageError(f'{args.output} is the input, and would be replaced; expected another file')
     else:
-        images_of(args.input)
-        if args.output.is_file():
-            raise cli.UsageError(f'{args.output}: a file; expected a folder for the label maps')
+        for folder in filter(None, (args.output, args.overlays)):
+            outputs_of(images_of(args.input), args.input, folder)
+        if args.overlays and args.overlays.resolve() == args.output.resolve():
+            raise cli.UsageError(f'--overlays {args.overlays}: the folder of the label maps; expected another')
     device = torch.device(args.device or ('cuda' if torch.cuda.is_available() else 'cpu'))
     speed = Speed(dtype=args.dtype or default_speed(device).dtype, compile=args.compile)
     predictor = Predictor(cfg, args.checkpoint, device, speed, args.batch_size)
