@@ -18,6 +18,11 @@ def detect_launcher() -> str:
     return 'python'
 
 
+def is_restarted() -> bool:
+    """Returns whether torchrun (``--max-restarts``) or Slurm (a requeued job) has started this run once more."""
+    return any(int(os.environ.get(name) or 0) > 0 for name in ('TORCHELASTIC_RESTART_COUNT', 'SLURM_RESTART_COUNT'))
+
+
 def set_launcher(cfg: Config) -> None:
     """Makes the config fit the launcher; on CPUs it starts gloo, which MMEngine's own start-up cannot."""
     launcher = detect_launcher()
