@@ -1,7 +1,6 @@
 """Signals: a run that is asked to stop finishes its iteration, saves, and ends with a code that says why."""
 
 import atexit
-import multiprocessing
 import os
 import signal
 import sys
@@ -30,7 +29,7 @@ class SignalHook(Hook):
     The process then ends with the code 128 + the signal's number: 143, 130 or 138; where ranks got different ones, the
     largest. A second SIGINT ends it at once, unsaved. An evaluation is finished first, with the iteration after it.
     The ranks agree by the message that AutocastOptimWrapper exchanges at each step anyway, or by one of their own.
-    Workers of the data loaders ignore these signals: they end with their process.
+    Workers of the data loaders ignore these signals, unless their own process sends them: they end with it.
     """
 
     priority = 'LOWEST'  # after schedules and checkpoints
@@ -47,6 +46,7 @@ class SignalHook(Hook):
         if threading.current_thread() is threading.main_thread():  # Python allows no other thread to
             self._wrapper = runner.optim_wrapper
             self._before = {number: signal.signal(number, self._receive) for number in SIGNALS}
+            atexit.register(self._give_back)  # a run that fails can be stopped while it ends
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self._received = self._wrapper.signal = max(self._received, number)
@@ -88,31 +88,35 @@ class SignalHook(Hook):
 
     def after_train(self, runner: Runner) -> None:
         """Gives the signals back."""
+        self._give_back()
+
+    def _give_back(self) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before = {}
+        atexit.unregister(self._give_back)
 
 
 class _Shielded:
     """A worker's initialisation that lets it outlive the signals: Ctrl-C and Slurm send them to all processes.
 
-    Once its parent ends, SIGTERM is the parent's own, and ends the worker.
+    SIGTERM from its parent, which is how multiprocessing ends a worker, ends it.
     """
 
     def __init__(self, initialise: Callable[[int], None] | None) -> None:
         self.initialise = initialise
-        self.parent_ends = multiprocessing.Value('b', 0, lock=False)
-        atexit.register(self._end)  # before multiprocessing's own, which waits for the workers
-
-    def _end(self) -> None:
-        self.parent_ends.value = 1
 
     def __call__(self, worker: int) -> None:
-        for number in SIGNALS:
-            signal.signal(number, self._receive)
+        if hasattr(signal, 'sigwaitinfo'):  # not on macOS; a handler would not be told who has sent the signal
+            signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+            threading.Thread(target=_end_with, args=(os.getppid(),), name='signals', daemon=True).start()
         if self.initialise is not None:
             self.initialise(worker)
 
-    def _receive(self, number: int, frame: FrameType | None) -> None:
-        if self.parent_ends.value and number == signal.SIGTERM:
+
+def _end_with(parent: int) -> None:
+    """Takes the signals of a worker, and ends it when its parent wants it to."""
+    while True:
+        received = signal.sigwaitinfo(SIGNALS)
+        if (received.si_signo, received.si_pid) == (signal.SIGTERM, parent):
             os._exit(0)
