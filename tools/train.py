@@ -58,23 +58,25 @@ def set_start(cfg: Config, args: argparse.Namespace) -> list[str]:
     """Sets what the run starts from: the command line's checkpoint, else the config's, or none.
 
     Returns:
-        Why checkpoints that are newer than that were skipped, or cannot be read.
+        For the log: which newer checkpoints were skipped and why, or that there is none to go on from.
     """
     if args.fine_tune and isinstance(args.resume, str):
         raise cli.UsageError('--fine-tune starts a run and --resume PATH goes on with one; give one of them')
     # As MMEngine has it, resume=True in a config goes on from load_from, if that is set.
     resume = args.resume or (cfg.get('resume') and (cfg.get('load_from') or True))
-    newest, skipped = resume, []
+    remarks = []
     if resume is True or launch.is_restarted():
         newest, skipped = newest_checkpoint(cfg.work_dir)
-        newest = newest or (resume if resume is not True else None)
-        resume = True
-    cfg.resume = bool(resume and newest)
+        remarks = [f'Not resumed from: {reason}' for reason in skipped]
+        resume = newest or (None if resume is True else resume)
+        if not resume:
+            remarks.append(f'No checkpoint in {cfg.work_dir} to go on from: a new run')
+    cfg.resume = bool(resume)
     if cfg.resume:
-        cfg.load_from = cli.existing_checkpoint(newest)
+        cfg.load_from = cli.existing_checkpoint(resume)
     elif args.fine_tune:
         cfg.load_from = cli.existing_checkpoint(args.fine_tune)
-    return skipped
+    return remarks
 
 
 def keep_alive(cfg: Config) -> None:
@@ -91,7 +93,7 @@ def keep_alive(cfg: Config) -> None:
 def train(args: argparse.Namespace) -> None:
     """Builds the runner that the command line asks for and trains."""
     cfg = cli.load_config(args, 'train_dataloader')
-    skipped = set_start(cfg, args)
+    remarks = set_start(cfg, args)
     loaders = [loader for loader in ('train_dataloader', 'val_dataloader') if cfg.get(loader)]
     for loader in loaders:
         check_classes(loader, cfg)
@@ -104,8 +106,8 @@ def train(args: argparse.Namespace) -> None:
     launch.set_launcher(cfg)
     keep_alive(cfg)
     runner = cli.build_runner(cfg)
-    for reason in skipped:
-        runner.logger.warning(f'Not resumed from: {reason}')
+    for remark in remarks:
+        runner.logger.warning(remark)
     fine_tune = bool(args.fine_tune) and not cfg.resume
     runner.register_hook(StrictLoading(cfg.get('load_from'), cfg.resume, fine_tune))
     runner.train()
