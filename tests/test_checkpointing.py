@@ -146,10 +146,11 @@ def size_of_partial(folder):
         return -1
 
 
-def wait_for(condition, seconds=60):
+def wait_for(condition, seconds=60, every=0.001):
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, 'it did not come in time'
+        time.sleep(every)
 
 
 def test_a_full_disk_is_explained_and_spares_what_was_there(tmp_path):
