@@ -120,14 +120,16 @@ def torchrun(name, *args, cwd) -> str:
     return done.stdout
 
 
-def srun(name, *args, cwd) -> str:
-    """Two tasks of a step on one node, as srun would start them."""
+def step_of_two() -> list[dict[str, str]]:
+    """Returns the variables of the two tasks of a step on one node."""
     job = next(job for job in range(5000, 6000) if is_free(20000 + job))
     step = dict(SLURM_JOB_ID=str(job), SLURM_NTASKS='2', SLURM_STEP_NUM_TASKS='2', SLURM_STEP_NUM_NODES='1')
-    tasks = [
-        Tool(name, *args, cwd=cwd, SLURM_PROCID=str(rank), SLURM_LOCALID=str(rank), OMP_NUM_THREADS='1', **step)
-        for rank in range(2)
-    ]
+    return [step | dict(SLURM_PROCID=str(rank), SLURM_LOCALID=str(rank)) for rank in range(2)]
+
+
+def srun(name, *args, cwd) -> str:
+    """Two tasks, as srun would start them."""
+    tasks = [Tool(name, *args, cwd=cwd, OMP_NUM_THREADS='1', **task) for task in step_of_two()]
     done = [task.wait() for task in tasks]
     assert [task.returncode for task in done] == [0, 0], done[0].stderr + done[1].stderr
     return ''.join(task.stdout for task in done)
