@@ -1,12 +1,17 @@
 """A resumed run is the same run, bit for bit, whatever its data loader's workers."""
 
+import os
 import random
+import re
+import signal
 import time
 
 import numpy as np
 import pytest
 import torch
 from test_hooks import config_runner
+from test_launch import free_port
+from test_signals import HERE, command, pid_of_rank, torchrun, wait_for_log
 from tiny import write_data_set
 
 from mmseg_resnest.checkpoints import read_checkpoint
@@ -127,3 +132,30 @@ def test_a_resume_at_iteration_160_000_does_not_replay_the_data(whole, data, tmp
         seconds.append(time.perf_counter() - start)
     assert (tmp_path / 'b' / 'iter_160001.pth').is_file()
     assert seconds[1] < seconds[0] + 2
+
+
+@pytest.mark.slow
+def test_a_restart_by_torchrun_gives_what_two_machines_give_undisturbed(data, tmp_path):
+    """A rank is killed after the third of twelve iterations; ``--nnodes 2`` are two torchruns of one process each."""
+    saving = ['default_hooks.checkpoint.interval=2', 'default_hooks.checkpoint.max_keep_ckpts=-1']
+    args = command(data, *DROPOUT, *saving, 'train_cfg.max_iters=12', 'randomness.seed=5')
+    disturbed, undisturbed = (tmp_path / name for name in ('disturbed', 'undisturbed'))
+    disturbed.mkdir()
+    undisturbed.mkdir()
+    with torchrun(disturbed, *args, options=[*HERE, '--max-restarts', '1']) as process:
+        wait_for_log('3/12]', disturbed)
+        os.kill(pid_of_rank(1, process), signal.SIGKILL)
+        assert process.wait(200) == 0, (disturbed / 'out').read_text()
+    out = (disturbed / 'out').read_text()
+    resumed_at = int(re.search(r'resumed epoch: 0, iter: (\d+)', out)[1])
+    assert 2 <= resumed_at <= 10
+    machine = ['--nnodes', '2', '--rdzv-backend', 'c10d', '--rdzv-endpoint', f'127.0.0.1:{free_port()}']
+    machine += ['--local-addr', '127.0.0.1', '--nproc-per-node', '1']
+    with (
+        torchrun(undisturbed, *args, options=machine) as first,
+        torchrun(undisturbed, *args, options=machine) as second,
+    ):
+        assert [first.wait(200), second.wait(200)] == [0, 0], (undisturbed / 'out').read_text()
+    assert 'GPU number: 2' in (undisturbed / 'out').read_text()  # MMEngine's word for processes
+    for iteration in (2, 12):
+        assert_equal(disturbed / 'w' / f'iter_{iteration}.pth', undisturbed / 'w' / f'iter_{iteration}.pth')

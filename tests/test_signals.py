@@ -141,22 +141,17 @@ def open_for_writing(pipe) -> int | None:
 # ------------------------------------------------------------------------------------------------------ two processes
 
 
+HERE = ('--standalone', '--nproc-per-node', '2')
+
+
 @contextmanager
-def torchrun(folder, *args, options=()):
-    """Starts ``torchrun --nproc-per-node 2`` with more of its options; all that is printed goes to ``out``."""
-    launcher = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2', *options]
-    with (
-        (folder / 'out').open('w') as out,
-        ended(
-            subprocess.Popen(
-                [*launcher, ROOT / 'tools' / 'train.py', *args],
-                cwd=folder,
-                env=os.environ | ENVIRONMENT | dict(OMP_NUM_THREADS='1'),
-                stdout=out,
-                stderr=subprocess.STDOUT,
-            )
-        ) as process,
-    ):
+def torchrun(folder, *args, options=HERE):
+    """Starts a training run of two processes with the options of torchrun; what is printed goes to ``out``."""
+    command = [sys.executable, '-m', 'torch.distributed.run', *options, ROOT / 'tools' / 'train.py', *args]
+    variables = os.environ | ENVIRONMENT | dict(OMP_NUM_THREADS='1')
+    with (folder / 'out').open('a') as out:
+        process = subprocess.Popen(command, cwd=folder, env=variables, stdout=out, stderr=subprocess.STDOUT)
+    with ended(process):
         yield process
 
 
@@ -184,7 +179,7 @@ def test_a_signal_to_one_rank_stops_both(data, tmp_path):
 @pytest.mark.slow
 def test_torchrun_passes_a_signal_on(data, tmp_path):
     """SIGTERM by itself, SIGUSR1 where its option says so; it does not restart a run that it has stopped itself."""
-    options = ['--signals-to-handle', 'SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1', '--max-restarts', '1']
+    options = [*HERE, '--signals-to-handle', 'SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1', '--max-restarts', '1']
     with torchrun(tmp_path, *command(data), options=options) as process:
         wait_for_log(' 3/100000]', tmp_path)
         ranks = [pid_of_rank(rank, process) for rank in (0, 1)]
