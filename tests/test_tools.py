@@ -152,9 +152,11 @@ def test_amp_replaces_a_stock_wrapper():
 
 def test_resume_from_the_work_dir(trained, tmp_path):
     shutil.copytree(trained / 'w', tmp_path / 'w')
-    (tmp_path / 'w' / 'last_checkpoint').write_text(str(tmp_path / 'w' / 'iter_2.pth'))
+    (tmp_path / 'w' / 'last_checkpoint').write_text(str(tmp_path / 'w' / 'iter_2.pth'))  # as stock MMEngine does
+    (tmp_path / 'w' / 'iter_9.pth').write_bytes(b'cut off')
     options = [*WITHOUT_VALIDATION, 'train_cfg.max_iters=3']
     out = succeed('train', CAMVID, '--work-dir', tmp_path / 'w', '--resume', *options, cwd=trained)
+    assert f'Not resumed from: {tmp_path}/w/iter_9.pth (7 bytes): no checkpoint, or a damaged one' in out
     assert 'resumed epoch: 0, iter: 2' in out
     assert 'Trained 3 iterations' in out
     before, after = weights(tmp_path / 'w' / 'iter_2.pth'), weights(tmp_path / 'w' / 'iter_3.pth')
