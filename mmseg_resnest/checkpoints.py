@@ -104,7 +104,7 @@ def read_checkpoint(path: str | Path, map_location: str = 'cpu') -> dict:
         raise FileNotFoundError(f'{path}: there is no such checkpoint file')
     if Path(path).suffix == '.safetensors':
         return _read_safetensors(path, map_location)
-    _check_sums(path)
+    check_sums(path)
     try:
         with torch.serialization.safe_globals(_harmless_types()):
             content = torch.load(path, map_location=map_location, weights_only=True)
@@ -130,8 +130,30 @@ def _is_str(key: object) -> bool:
     return isinstance(key, str)
 
 
-def _check_sums(path: str | Path) -> None:
-    """Compares the checksums that torch.save writes into its zip files; torch.load does not look at them."""
+def read_meta(path: str | Path) -> dict:
+    """Returns a training run's ``meta`` (``iter``, ``epoch``, ``time``, ...) and leaves the tensors on the disk.
+
+    Raises:
+        ValueError: It is no checkpoint that a run can go on from, or the file is cut off or empty.
+    """
+    try:
+        with torch.serialization.safe_globals(_harmless_types()):
+            content = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
+        _check_resumable(content, str(path))
+        return content['meta']
+    except ValueError:
+        raise
+    except Exception as error:  # as in read_checkpoint
+        size = Path(path).stat().st_size
+        raise ValueError(f'{path} ({size} bytes): no checkpoint, or a damaged one ({_gist(error)})') from error
+
+
+def check_sums(path: str | Path) -> None:
+    """Compares the checksums that torch.save writes into its zip files; torch.load does not look at them.
+
+    Raises:
+        ValueError: The file is damaged.
+    """
     try:
         if not zipfile.is_zipfile(path):
             return  # torch.load will say what it is: before torch 1.6 checkpoints were no zip files
@@ -457,6 +479,8 @@ class StrictLoading(Hook):
 
 
 def _check_resumable(checkpoint: Mapping, source: str) -> None:
+    if not isinstance(checkpoint, Mapping):
+        raise ValueError(f'{source}: holds a {type(checkpoint).__name__}; expected a checkpoint of a training run')
     missing = {'meta', 'message_hub', 'optimizer'} - checkpoint.keys()
     if missing:
         raise ValueError(f'{source}: no checkpoint of a training run: it has no {", no ".join(sorted(missing))}')

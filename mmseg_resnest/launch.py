@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+from datetime import timedelta
 
 import torch
 import torch.distributed
@@ -18,18 +19,42 @@ def detect_launcher() -> str:
     return 'python'
 
 
+def is_restarted() -> bool:
+    """Returns whether torchrun (``--max-restarts``) or Slurm (a requeued job) has started this run once more."""
+    return any(int(os.environ.get(name) or 0) > 0 for name in ('TORCHELASTIC_RESTART_COUNT', 'SLURM_RESTART_COUNT'))
+
+
 def set_launcher(cfg: Config) -> None:
-    """Makes the config fit the launcher; on CPUs it starts gloo, which MMEngine's own start-up cannot."""
+    """Makes the config fit the launcher, and lets the processes meet: by NCCL on GPUs, by gloo on CPUs."""
     launcher = detect_launcher()
     if launcher == 'srun':
         _export_slurm()
     cfg.launcher = 'none' if launcher == 'python' else 'pytorch'
-    if cfg.launcher == 'pytorch' and not torch.cuda.is_available():
+    if cfg.launcher == 'none':
+        return
+    if not torch.cuda.is_available():
         if cfg.get('sync_bn') == 'torch':
             cfg.sync_bn = 'mmseg_resnest.SyncBN'  # the same on CPUs, for which torch's is not
         cfg.model_wrapper_cfg = dict(type='MMDistributedDataParallel', device_ids=None, broadcast_buffers=False)
-        if not torch.distributed.is_initialized():
-            torch.distributed.init_process_group('gloo')
+    if not torch.distributed.is_initialized():
+        _start_process_group(**(cfg.get('env_cfg') or {}).get('dist_cfg', {}))
+
+
+def _start_process_group(backend: str = 'nccl', timeout: float = 1800) -> None:
+    """Starts the process group, which MMEngine's own start-up cannot on CPUs.
+
+    Args:
+        backend: The one for GPUs; CPUs have gloo.
+        timeout: Seconds that one collective may take.
+    """
+    limit = timedelta(seconds=timeout)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ['LOCAL_RANK']))
+    store, rank, world_size = next(torch.distributed.rendezvous('env://', timeout=limit))
+    # torchrun keeps one store over its restarts: without a prefix processes would look for those that have died.
+    store = torch.distributed.PrefixStore(f'attempt_{os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)}', store)
+    backend = backend if torch.cuda.is_available() else 'gloo'
+    torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=limit)
 
 
 def _export_slurm() -> None:

@@ -46,7 +46,8 @@ class AutocastOptimWrapper(OptimWrapper):
     the weights stay as they are, bit for bit, and the gradients are dropped. In float16 overflown gradients are the
     loss scaler's business, which skips the step and halves the scale, as long as that is above 1. NonFiniteHook acts on
     ``last_check``; without it a step that is not finite raises. The check reads one tensor a step from the device,
-    in ``_read``.
+    in ``_read``. With it the ranks agree on a signal to stop: ``signal`` is this rank's, 0 if it had none, and
+    ``agreed_signal`` the largest of all ranks at the last step.
 
     Args:
         dtype: What is autocast to: ``'bfloat16'``, ``'float16'`` (with a scaled loss) or ``'float32'`` (no autocast).
@@ -67,6 +68,7 @@ class AutocastOptimWrapper(OptimWrapper):
         self.loss_scaler = torch.amp.GradScaler(self.device_type, enabled=self.enabled and dtype == 'float16')
         self.last_check: StepCheck | None = None
         self.raises = True  # until a hook says that it reads last_check
+        self.signal = self.agreed_signal = 0
         self._losses_finite: Tensor | None = None  # since the last step
 
     @contextmanager
@@ -125,12 +127,15 @@ class AutocastOptimWrapper(OptimWrapper):
             Whether this rank's losses, all ranks' losses and all ranks' gradients are finite; the norm.
         """
         own, self._losses_finite = self._losses_finite, None
-        agreed = torch.stack([own, grad_norm.isfinite()]).to(grad_norm.dtype)
+        agreed = torch.stack(
+            [own.to(grad_norm), grad_norm.isfinite().to(grad_norm), grad_norm.new_full((), -self.signal)]
+        )
         all_reduce(agreed, 'min')  # nothing on one process
-        *flags, norm = torch.stack([own.to(grad_norm), *agreed, grad_norm]).tolist()
+        own, *flags, signal, norm = torch.stack([own.to(grad_norm), *agreed, grad_norm]).tolist()
+        self.agreed_signal = -int(signal)
         if self.clip_grad_kwargs and self.grad_name == 'grad_norm' and math.isfinite(norm):
             self.message_hub.update_scalar('train/grad_norm', norm)
-        return *map(bool, flags), norm
+        return bool(own), *map(bool, flags), norm
 
     def state_dict(self) -> dict:
         """The optimiser's state and, in float16, the loss scaler's."""

@@ -33,7 +33,7 @@ def _child_of(parent: Registry, *modules: str) -> ResNeStRegistry:
 
 MODELS = _child_of(root.MODELS, 'conv', 'resnest', 'heads', 'tta', 'segmentor', 'norm')
 OPTIM_WRAPPERS = _child_of(root.OPTIM_WRAPPERS, 'optim')
-HOOKS = _child_of(root.HOOKS, 'hooks')
+HOOKS = _child_of(root.HOOKS, 'hooks', 'checkpointing', 'randomness', 'signals', 'watch')
 METRICS = _child_of(root.METRICS, 'metrics')
 
 RUNNERS = _child_of(root.RUNNERS)

@@ -12,7 +12,6 @@ import pytest
 import torch
 from mmengine.config import Config
 from mmengine.dataset import DefaultSampler, InfiniteSampler
-from mmengine.hooks import CheckpointHook
 from mmengine.model import PretrainedInit
 from mmengine.optim import PolyLR, build_optim_wrapper
 from mmengine.registry import DefaultScope, root
@@ -37,6 +36,7 @@ from mmseg.structures import SegDataSample
 
 import mmseg_resnest
 from mmseg_resnest import ResNeSt, demo
+from mmseg_resnest.checkpointing import CheckpointHook
 from mmseg_resnest.conv import DilatedConv2d
 from mmseg_resnest.datasets import check_classes
 from mmseg_resnest.heads import AuthorsDeepLabV3Head, AuthorsFCNHead

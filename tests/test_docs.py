@@ -34,12 +34,18 @@ def test_the_two_configs_of_the_page_for_mmsegmentations_users(tmp_path):
     assert configs['before'].to_dict() == configs['after'].to_dict()
 
 
-@pytest.mark.parametrize('page', ['from_mmsegmentation.md', 'model_zoo.md'])
+@pytest.mark.parametrize('page', ['from_mmsegmentation.md', 'model_zoo.md', 'operations.md'])
 def test_every_file_of_ours_that_a_page_names_is_there(page):
     text = (DOCS / page).read_text()
     names = re.findall(r'(?:tools|configs)/\w+\.py', text)
     assert not [name for name in names if not (ROOT / name).is_file()]
     assert len(names) >= 4
+
+
+def test_every_test_that_the_page_on_long_runs_names_is_there():
+    named = re.findall(r'`(test_\w+\.py)::(test_\w+)`', (DOCS / 'operations.md').read_text())
+    assert len(named) >= 14
+    assert [(file, test) for file, test in named if f'def {test}(' not in (ROOT / 'tests' / file).read_text()] == []
 
 
 def test_the_model_zoo_lists_every_file_that_is_recognised():

@@ -11,15 +11,26 @@ from unittest.mock import patch
 import pytest
 import torch
 from mmengine.config import Config
+from mmengine.model import MMDistributedDataParallel
+from mmengine.registry import DefaultScope
+from mmengine.structures import PixelData
+from mmseg.registry import MODELS
+from mmseg.structures import SegDataSample
 from tiny import CAMVID, ENVIRONMENT, OPTIONS, ROOT, Tool, run_tool, write_data_set
 
-from mmseg_resnest import launch
+from mmseg_resnest import cli, launch
 
 TORCHRUN = dict(RANK='1', WORLD_SIZE='2', LOCAL_RANK='1', MASTER_ADDR='127.0.0.1', MASTER_PORT='29500')
 SBATCH = dict(SLURM_JOB_ID='123456', SLURM_NTASKS='8', SLURM_NPROCS='8', SLURM_PROCID='0', SLURM_LOCALID='0')
 SRUN = SBATCH | dict(
     SLURM_STEP_NUM_TASKS='8', SLURM_STEP_NUM_NODES='1', SLURM_STEP_NODELIST='node7', SLURM_PROCID='5', SLURM_LOCALID='5'
 )
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        return free.getsockname()[1]
 
 
 def environment(variables):
@@ -53,9 +64,7 @@ def test_plain_python_changes_nothing_but_the_launcher():
 
 def test_one_process_of_torchrun_on_a_cpu(monkeypatch):
     """The process group is there, and the config asks for what works without GPUs."""
-    with socket.socket() as free:
-        free.bind(('127.0.0.1', 0))
-        port = str(free.getsockname()[1])
+    port = str(free_port())
     cfg = Config(dict(sync_bn='torch'))
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
     with environment(TORCHRUN | dict(RANK='0', LOCAL_RANK='0', WORLD_SIZE='1', MASTER_PORT=port)):
@@ -120,14 +129,16 @@ def torchrun(name, *args, cwd) -> str:
     return done.stdout
 
 
-def srun(name, *args, cwd) -> str:
-    """Two tasks of a step on one node, as srun would start them."""
+def step_of_two() -> list[dict[str, str]]:
+    """Returns the variables of the two tasks of a step on one node."""
     job = next(job for job in range(5000, 6000) if is_free(20000 + job))
     step = dict(SLURM_JOB_ID=str(job), SLURM_NTASKS='2', SLURM_STEP_NUM_TASKS='2', SLURM_STEP_NUM_NODES='1')
-    tasks = [
-        Tool(name, *args, cwd=cwd, SLURM_PROCID=str(rank), SLURM_LOCALID=str(rank), OMP_NUM_THREADS='1', **step)
-        for rank in range(2)
-    ]
+    return [step | dict(SLURM_PROCID=str(rank), SLURM_LOCALID=str(rank)) for rank in range(2)]
+
+
+def srun(name, *args, cwd) -> str:
+    """Two tasks, as srun would start them."""
+    tasks = [Tool(name, *args, cwd=cwd, OMP_NUM_THREADS='1', **task) for task in step_of_two()]
     done = [task.wait() for task in tasks]
     assert [task.returncode for task in done] == [0, 0], done[0].stderr + done[1].stderr
     return ''.join(task.stdout for task in done)
@@ -203,3 +214,56 @@ def test_an_error_in_two_processes_is_still_a_message(folder, tmp_path):
     )
     assert done.returncode == 1
     assert done.stderr.count('error: Pretrained weights resnest50-528c19ca.pth are wanted and could not be') == 1
+
+
+def build_frozen(average_valid):
+    """CAMVID's tiny model in float64, with batch norm that normalises by running statistics, and without dropout."""
+    args = cli.make_parser('').parse_args([str(CAMVID), '--cfg-options', *OPTIONS])
+    cfg = cli.load_config(args, 'train_dataloader')
+    for head in (cfg.model.decode_head, cfg.model.auxiliary_head):
+        head.dropout_ratio = 0
+        head.loss_decode.avg_non_ignore = average_valid
+    torch.manual_seed(0)
+    with DefaultScope.overwrite_default_scope('mmseg'):
+        model = MODELS.build(cfg.model).double().train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+            module.eval()
+    return model
+
+
+def losses_and_gradients(model, images):
+    """Returns the sum of the losses and the parameters' gradients for some of four images, unevenly labelled."""
+    inputs = torch.randn(4, 3, 48, 64, dtype=torch.float64, generator=torch.manual_seed(1))
+    labels = torch.randint(0, 11, (4, 1, 48, 64), generator=torch.manual_seed(2))
+    for image, ignored in enumerate((47, 30, 3, 0)):
+        labels[image, :, :ignored] = 255
+    samples = [SegDataSample(metainfo=dict(img_shape=(48, 64)), gt_sem_seg=PixelData(data=labels[i])) for i in images]
+    losses = model(inputs[images], samples, mode='loss')
+    loss = sum(value for name, value in losses.items() if 'loss' in name)
+    loss.backward()
+    return loss.detach(), {name.removeprefix('module.'): p.grad for name, p in model.named_parameters()}
+
+
+def one_of_two(rank, port, folder):
+    torch.distributed.init_process_group('gloo', f'tcp://127.0.0.1:{port}', rank=rank, world_size=2)
+    for average_valid in (False, True):
+        wrapped = MMDistributedDataParallel(build_frozen(average_valid), device_ids=None, broadcast_buffers=False)
+        found = losses_and_gradients(wrapped, [2 * rank, 2 * rank + 1])
+        torch.save(found, f'{folder}/{average_valid}_{rank}.pt')
+
+
+@pytest.mark.slow
+def test_loss_and_gradients_of_two_processes_are_those_of_one_with_both_batches(tmp_path):
+    """For both averages: over all pixels, and over those that are not ignored, which the ranks count together."""
+    torch.multiprocessing.spawn(one_of_two, (free_port(), str(tmp_path)), nprocs=2)
+    for average_valid in (False, True):
+        loss, gradients = losses_and_gradients(build_frozen(average_valid), range(4))
+        found = [torch.load(tmp_path / f'{average_valid}_{rank}.pt') for rank in (0, 1)]
+        torch.testing.assert_close((found[0][0] + found[1][0]) / 2, loss, rtol=1e-12, atol=0)
+        assert found[0][1].keys() == gradients.keys()
+        for name, gradient in gradients.items():
+            scale = gradient.abs().max().item()
+            torch.testing.assert_close(found[0][1][name], gradient, rtol=1e-9, atol=1e-10 * scale)
+            assert torch.equal(found[1][1][name], found[0][1][name])
+        assert sum(gradient.abs().max() > 0 for gradient in gradients.values()) > 50

@@ -21,22 +21,47 @@ from mmengine.runner import Runner
 from mmpretrain.structures import DataSample
 
 import mmseg_resnest.registry
-from mmseg_resnest import ResNeSt, conv, heads, hooks, metrics, norm, optim, sampler, segmentor, transforms, tta
+from mmseg_resnest import (
+    ResNeSt,
+    checkpointing,
+    conv,
+    heads,
+    hooks,
+    metrics,
+    norm,
+    optim,
+    randomness,
+    sampler,
+    segmentor,
+    signals,
+    transforms,
+    tta,
+    watch,
+)
 
 KINDS = {name: value for name, value in vars(root).items() if isinstance(value, Registry)}
 OURS = {
     'MODELS': [
         ResNeSt,
         conv.DilatedConv2d,
-        norm.SyncBatchNorm,
         heads.AuthorsDeepLabV3Head,
         heads.AuthorsFCNHead,
+        norm.SyncBatchNorm,
         segmentor.EncoderDecoder,
         tta.AuthorsTTAModel,
         tta.TTAModel,
     ],
     'OPTIM_WRAPPERS': [optim.AutocastOptimWrapper],
-    'HOOKS': [hooks.BatchNormCheckHook, hooks.NonFiniteHook, hooks.ProgressBarHook, hooks.SampleCheckHook],
+    'HOOKS': [
+        checkpointing.CheckpointHook,
+        hooks.BatchNormCheckHook,
+        hooks.NonFiniteHook,
+        hooks.ProgressBarHook,
+        hooks.SampleCheckHook,
+        randomness.RandomnessHook,
+        signals.SignalHook,
+        watch.WatchHook,
+    ],
     'METRICS': [metrics.IoUMetric],
     'DATA_SAMPLERS': [sampler.EqualSizeBatchSampler],
     'TRANSFORMS': [transforms.PhotoMetricDistortion, transforms.RandomCrop],

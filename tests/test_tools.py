@@ -114,7 +114,7 @@ def test_training(trained):
     assert state['backbone.layer1.0.conv2.fc2.weight'].shape == (128, 32, 1, 1)  # our names: mmseg's are others
     assert state['decode_head.conv_seg.weight'].shape == (CLASSES, 8, 1, 1)
     assert state['backbone.bn1.num_batches_tracked'] == 2
-    assert (trained / 'w' / 'last_checkpoint').read_text() == str(trained / 'w' / 'iter_2.pth')
+    assert (trained / 'w' / 'last_checkpoint').read_text() == 'iter_2.pth'
     assert len(losses(trained / 'w')) == 2
     assert all(1 < loss < 1.4 * 2 * math.log(CLASSES) for loss in losses(trained / 'w'))
 
@@ -154,9 +154,11 @@ def test_amp_replaces_a_stock_wrapper():
 
 def test_resume_from_the_work_dir(trained, tmp_path):
     shutil.copytree(trained / 'w', tmp_path / 'w')
-    (tmp_path / 'w' / 'last_checkpoint').write_text(str(tmp_path / 'w' / 'iter_2.pth'))
+    (tmp_path / 'w' / 'last_checkpoint').write_text(str(tmp_path / 'w' / 'iter_2.pth'))  # as stock MMEngine does
+    (tmp_path / 'w' / 'iter_9.pth').write_bytes(b'cut off')
     options = [*WITHOUT_VALIDATION, 'train_cfg.max_iters=3']
     out = succeed('train', CAMVID, '--work-dir', tmp_path / 'w', '--resume', *options, cwd=trained)
+    assert f'Not resumed from: {tmp_path}/w/iter_9.pth (7 bytes): no checkpoint, or a damaged one' in out
     assert 'resumed epoch: 0, iter: 2' in out
     assert 'Trained 3 iterations' in out
     before, after = weights(tmp_path / 'w' / 'iter_2.pth'), weights(tmp_path / 'w' / 'iter_3.pth')
@@ -179,7 +181,7 @@ def test_resume_from_a_file(trained, tmp_path):
 def test_resume_with_nothing_there_starts_anew(trained, tmp_path):
     options = ['--seed', '2', *WITHOUT_VALIDATION, 'train_cfg.max_iters=1']
     out = succeed('train', CAMVID, '--work-dir', tmp_path / 'w', '--resume', *options, cwd=trained)
-    assert 'Did not find last_checkpoint to be resumed.' in out
+    assert 'to go on from: a new run' in out
     assert losses(tmp_path / 'w')[0] != losses(trained / 'w')[0]  # of another seed
     assert weights(tmp_path / 'w' / 'iter_1.pth')['backbone.bn1.num_batches_tracked'] == 1
 
@@ -618,7 +620,7 @@ def test_starting_from_a_checkpoint(files, tmp_path):
     """``load_from`` takes all weights, but nothing of the run; with --resume that comes only when there is no later."""
     args = [CAMVID, '--resume', '--work-dir', tmp_path / 'w', *ONE_STEP_OF_NOTHING, 'load_from=renamed.pth']
     out = succeed('train', *args, cwd=files)
-    assert 'Did not find last_checkpoint to be resumed.' in out
+    assert 'to go on from: a new run' in out
     assert equal(*(parameters(weights(path)) for path in (files / 'renamed.pth', tmp_path / 'w' / 'iter_1.pth')))
     assert 'starts fresh' not in out
     assert 'renamed.pth was trained for other classes: class 0, class 1, ' in out

@@ -11,9 +11,9 @@ The launcher is detected; a GPU is used where there is one.
 import argparse
 
 from mmengine.config import Config
-from mmengine.runner import find_latest_checkpoint
 
 from mmseg_resnest import cli, launch
+from mmseg_resnest.checkpointing import newest_checkpoint
 from mmseg_resnest.checkpoints import StrictLoading
 from mmseg_resnest.dataset_check import add_skip_option, check_before_run
 from mmseg_resnest.datasets import check_classes
@@ -29,7 +29,8 @@ def make_parser() -> argparse.ArgumentParser:
         nargs='?',
         const=True,
         metavar='PATH',
-        help='go on from PATH, or from the newest checkpoint in the work dir',
+        help='go on from PATH, or from the newest whole checkpoint in the work dir; a run that torchrun or Slurm has '
+        'restarted does so by itself',
     )
     parser.add_argument(
         '--fine-tune',
@@ -53,24 +54,46 @@ def set_amp(cfg: Config, amp: str) -> None:
     cfg.optim_wrapper.update(type='mmseg_resnest.AutocastOptimWrapper', dtype=DTYPES[amp], autocast_cpu=True)
 
 
-def set_start(cfg: Config, args: argparse.Namespace) -> None:
-    """Sets what the run starts from: the command line's checkpoint, else the config's, or none."""
+def set_start(cfg: Config, args: argparse.Namespace) -> list[str]:
+    """Sets what the run starts from: the command line's checkpoint, else the config's, or none.
+
+    Returns:
+        For the log: which newer checkpoints were skipped and why, or that there is none to go on from.
+    """
     if args.fine_tune and isinstance(args.resume, str):
         raise cli.UsageError('--fine-tune starts a run and --resume PATH goes on with one; give one of them')
     # As MMEngine has it, resume=True in a config goes on from load_from, if that is set.
     resume = args.resume or (cfg.get('resume') and (cfg.get('load_from') or True))
-    newest = find_latest_checkpoint(cfg.work_dir) if resume is True else resume
-    cfg.resume = bool(resume and newest)
+    remarks = []
+    if resume is True or launch.is_restarted():
+        newest, skipped = newest_checkpoint(cfg.work_dir)
+        remarks = [f'Not resumed from: {reason}' for reason in skipped]
+        resume = newest or (None if resume is True else resume)
+        if not resume:
+            remarks.append(f'No checkpoint in {cfg.work_dir} to go on from: a new run')
+    cfg.resume = bool(resume)
     if cfg.resume:
-        cfg.load_from = cli.existing_checkpoint(newest)
+        cfg.load_from = cli.existing_checkpoint(resume)
     elif args.fine_tune:
         cfg.load_from = cli.existing_checkpoint(args.fine_tune)
+    return remarks
+
+
+def keep_alive(cfg: Config) -> None:
+    """Gives a config that comes from elsewhere the hooks of ``configs/_base_/runtime.py`` that no run should lack."""
+    hooks = cfg.setdefault('default_hooks', {})
+    checkpoint = hooks.setdefault('checkpoint', dict(type='CheckpointHook'))
+    if checkpoint and checkpoint.get('type') == 'CheckpointHook':
+        checkpoint.type = 'mmseg_resnest.CheckpointHook'
+    present = {hook.get('type') for hook in [*(cfg.get('custom_hooks') or []), *hooks.values()] if hook}
+    missing = [name for name in ('RandomnessHook', 'SignalHook', 'WatchHook') if f'mmseg_resnest.{name}' not in present]
+    cfg.custom_hooks = [*(cfg.get('custom_hooks') or []), *(dict(type=f'mmseg_resnest.{name}') for name in missing)]
 
 
 def train(args: argparse.Namespace) -> None:
     """Builds the runner that the command line asks for and trains."""
     cfg = cli.load_config(args, 'train_dataloader')
-    set_start(cfg, args)
+    remarks = set_start(cfg, args)
     loaders = [loader for loader in ('train_dataloader', 'val_dataloader') if cfg.get(loader)]
     for loader in loaders:
         check_classes(loader, cfg)
@@ -81,7 +104,10 @@ def train(args: argparse.Namespace) -> None:
     if args.seed is not None:
         cfg.randomness = dict(cfg.get('randomness') or {}, seed=args.seed)
     launch.set_launcher(cfg)
+    keep_alive(cfg)
     runner = cli.build_runner(cfg)
+    for remark in remarks:
+        runner.logger.warning(remark)
     fine_tune = bool(args.fine_tune) and not cfg.resume
     runner.register_hook(StrictLoading(cfg.get('load_from'), cfg.resume, fine_tune))
     runner.train()

@@ -26,6 +26,9 @@ authors_tta_model = dict(
 custom_hooks = [
     dict(type='mmseg_resnest.BatchNormCheckHook'),
     dict(type='mmseg_resnest.ProgressBarHook'),
+    dict(type='mmseg_resnest.RandomnessHook'),
+    dict(type='mmseg_resnest.SignalHook'),
+    dict(timeout=600, type='mmseg_resnest.WatchHook'),
 ]
 data_root = 'data/cityscapes'
 default_hooks = dict(
@@ -34,7 +37,7 @@ default_hooks = dict(
         interval=8000,
         max_keep_ckpts=3,
         save_best='mIoU',
-        type='CheckpointHook'),
+        type='mmseg_resnest.CheckpointHook'),
     logger=dict(interval=50, log_metric_by_epoch=False, type='LoggerHook'),
     nonfinite=dict(
         action='stop', limit=10, type='mmseg_resnest.NonFiniteHook'),
@@ -46,7 +49,7 @@ default_hooks = dict(
 default_scope = 'mmseg'
 env_cfg = dict(
     cudnn_benchmark=True,
-    dist_cfg=dict(backend='nccl'),
+    dist_cfg=dict(backend='nccl', timeout=1800),
     mp_cfg=dict(mp_start_method='fork', opencv_num_threads=0))
 load_from = None
 log_level = 'INFO'

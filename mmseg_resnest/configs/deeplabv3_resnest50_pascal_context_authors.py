@@ -16,6 +16,9 @@ Generated from configs/deeplabv3_resnest50_pascal_context_authors.py by `make co
 custom_hooks = [
     dict(type='mmseg_resnest.BatchNormCheckHook'),
     dict(type='mmseg_resnest.ProgressBarHook'),
+    dict(type='mmseg_resnest.RandomnessHook'),
+    dict(type='mmseg_resnest.SignalHook'),
+    dict(timeout=600, type='mmseg_resnest.WatchHook'),
 ]
 data_root = 'data/VOCdevkit/VOC2010'
 default_hooks = dict(
@@ -24,7 +27,7 @@ default_hooks = dict(
         interval=10,
         max_keep_ckpts=3,
         save_best='mIoU',
-        type='CheckpointHook'),
+        type='mmseg_resnest.CheckpointHook'),
     logger=dict(interval=50, log_metric_by_epoch=True, type='LoggerHook'),
     nonfinite=dict(
         action='stop', limit=10, type='mmseg_resnest.NonFiniteHook'),
@@ -36,7 +39,7 @@ default_hooks = dict(
 default_scope = 'mmseg'
 env_cfg = dict(
     cudnn_benchmark=True,
-    dist_cfg=dict(backend='nccl'),
+    dist_cfg=dict(backend='nccl', timeout=1800),
     mp_cfg=dict(mp_start_method='fork', opencv_num_threads=0))
 load_from = None
 log_level = 'INFO'

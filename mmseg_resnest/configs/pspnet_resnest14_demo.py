@@ -12,6 +12,9 @@ Generated from configs/pspnet_resnest14_demo.py by `make configs`; edit that fil
 custom_hooks = [
     dict(type='mmseg_resnest.BatchNormCheckHook'),
     dict(type='mmseg_resnest.ProgressBarHook'),
+    dict(type='mmseg_resnest.RandomnessHook'),
+    dict(type='mmseg_resnest.SignalHook'),
+    dict(timeout=600, type='mmseg_resnest.WatchHook'),
 ]
 data_root = 'data/demo'
 default_hooks = dict(
@@ -20,7 +23,7 @@ default_hooks = dict(
         interval=330,
         max_keep_ckpts=3,
         save_best=None,
-        type='CheckpointHook'),
+        type='mmseg_resnest.CheckpointHook'),
     logger=dict(interval=10, log_metric_by_epoch=False, type='LoggerHook'),
     nonfinite=dict(
         action='stop', limit=10, type='mmseg_resnest.NonFiniteHook'),
@@ -32,7 +35,7 @@ default_hooks = dict(
 default_scope = 'mmseg'
 env_cfg = dict(
     cudnn_benchmark=True,
-    dist_cfg=dict(backend='nccl'),
+    dist_cfg=dict(backend='nccl', timeout=1800),
     mp_cfg=dict(mp_start_method='fork', opencv_num_threads=0))
 load_from = None
 log_level = 'INFO'

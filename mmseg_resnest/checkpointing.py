@@ -1,0 +1,202 @@
+"""How a run's checkpoints are written, so that a whole one is there at any moment, and how it is found again."""
+
+import contextlib
+import os
+from collections import deque
+from pathlib import Path
+
+from mmengine.dist import is_main_process
+from mmengine.fileio import LocalBackend, register_backend
+from mmengine.hooks import CheckpointHook as _CheckpointHook
+from mmengine.runner import Runner
+
+from mmseg_resnest.checkpoints import check_sums, read_meta
+from mmseg_resnest.registry import HOOKS
+
+PARTIAL = '.partial'  # what the name of a file ends with until it is whole
+BACKEND = 'mmseg_resnest.whole_files'
+
+
+def write_whole(path: str | Path, content: bytes | memoryview) -> None:
+    """Writes a file that is there as a whole or, killed at whatever moment, as it was before.
+
+    Written aside, forced to the disk, renamed.
+
+    Raises:
+        OSError: It could not be written, as on a full disk; what was there before still is.
+    """
+    path = Path(path)
+    partial = path.with_name(path.name + PARTIAL)
+    try:
+        with partial.open('wb') as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise OSError(
+            f'{path}: {len(content)} bytes could not be written ({error.strerror}). What was saved before is whole: '
+            'free some space, or name another place with --work-dir, and go on with --resume'
+        ) from error
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Forces a renaming to the disk, where the file system can."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+class WholeFiles(LocalBackend):
+    """MMEngine's file backend of local disks, which writes as ``write_whole`` does."""
+
+    def put(self, obj: bytes | memoryview, filepath: str | Path) -> None:
+        """Writes ``obj`` to a file, whose folder is made if need be."""
+        Path(filepath).parent.mkdir(parents=True, exist_ok=True)
+        write_whole(filepath, obj)
+
+
+register_backend(BACKEND, WholeFiles)
+
+
+@HOOKS.register_module()
+class CheckpointHook(_CheckpointHook):
+    """MMEngine's CheckpointHook, whose files are whole, and which deletes an old one only when the next one is there.
+
+    ``last_checkpoint`` names the newest one relative to the work dir, which may move. The file's checksums, which
+    torch writes, are verified by whatever loads it here.
+
+    Args:
+        **kwargs: MMEngine's. ``backend_args`` for another place than a local disk writes as that backend does.
+    """
+
+    def __init__(self, **kwargs) -> None:
+        super().__init__(**kwargs)
+        if self.backend_args is None and self.file_client_args is None and '://' not in str(self.out_dir):
+            self.backend_args = dict(backend=BACKEND)
+
+    def before_train(self, runner: Runner) -> None:
+        """Clears away what a killed run was writing."""
+        super().before_train(runner)
+        if is_main_process():
+            for partial in Path(self.out_dir).glob(f'*.pth{PARTIAL}'):
+                partial.unlink(missing_ok=True)
+        if self.max_keep_ckpts > 0:
+            self.keep_ckpt_ids = deque(self.keep_ckpt_ids)  # without a limit, which would drop the oldest unseen
+
+    def save_between(self, runner: Runner) -> str:
+        """Saves after the current iteration, unless that has been done; returns the file."""
+        name = f'iter_{runner.iter + 1}.pth'
+        saved = Path(self.last_ckpt or '').name == name
+        if not saved and self.by_epoch:  # within an epoch: beside those of the epochs, and not one of those to keep
+            self.last_ckpt = self.file_backend.join_path(self.out_dir, name)
+            self._write(runner, name, dict(epoch=runner.epoch, iter=runner.iter + 1))
+        elif not saved:
+            self._save_checkpoint(runner)
+        return self.last_ckpt
+
+    def _save_checkpoint_with_step(self, runner: Runner, step: int, meta: dict) -> None:
+        outdated = []
+        if self.max_keep_ckpts > 0:
+            if step not in self.keep_ckpt_ids:
+                self.keep_ckpt_ids.append(step)
+            while len(self.keep_ckpt_ids) > self.max_keep_ckpts:
+                outdated.append(self.filename_tmpl.format(self.keep_ckpt_ids.popleft()))
+            runner.message_hub.update_info('keep_ckpt_ids', list(self.keep_ckpt_ids))
+        name = self.filename_tmpl.format(step)
+        self.last_ckpt = self.file_backend.join_path(self.out_dir, name)
+        runner.message_hub.update_info('last_ckpt', self.last_ckpt)
+        self._write(runner, name, meta)
+        for old in outdated:
+            self._remove(self.file_backend.join_path(self.out_dir, old))
+
+    def _write(self, runner: Runner, name: str, meta: dict) -> None:
+        runner.save_checkpoint(
+            self.out_dir,
+            name,
+            self.file_client_args,
+            save_optimizer=self.save_optimizer,
+            save_param_scheduler=self.save_param_scheduler,
+            meta=meta,
+            by_epoch=self.by_epoch,
+            backend_args=self.backend_args,
+            **self.args,
+        )
+        if is_main_process():
+            last = self.last_ckpt if '://' in self.last_ckpt else os.path.relpath(self.last_ckpt, runner.work_dir)
+            write_whole(Path(runner.work_dir) / 'last_checkpoint', last.encode())
+
+    def _save_best_checkpoint(self, runner: Runner, metrics: dict) -> None:
+        """Saves the best one, and deletes the one before only then: MMEngine's own, told of none, deletes nothing."""
+        if not self.save_best:
+            return
+        single = len(self.key_indicators) == 1
+        before = dict(single=self.best_ckpt_path) if single else dict(self.best_ckpt_path_dict)
+        if single:
+            self.best_ckpt_path = None
+        else:
+            self.best_ckpt_path_dict = dict.fromkeys(before)
+        super()._save_best_checkpoint(runner, metrics)
+        for key, old in before.items():
+            new = self.best_ckpt_path if single else self.best_ckpt_path_dict[key]
+            if new is None and single:
+                self.best_ckpt_path = old
+            elif new is None:
+                self.best_ckpt_path_dict[key] = old
+            elif old and old != new:
+                self._remove(old)
+
+    def _remove(self, path: str) -> None:
+        if is_main_process() and self.file_backend.isfile(path):
+            self.file_backend.remove(path)
+
+
+def newest_checkpoint(work_dir: str | Path) -> tuple[Path | None, list[str]]:
+    """Finds the checkpoint that was saved last among those of a work dir that are whole.
+
+    Looked at are ``iter_N.pth`` and ``epoch_N.pth`` there and beside the file that ``last_checkpoint`` names.
+
+    Args:
+        work_dir: The folder; ``last_checkpoint`` in it may be MMEngine's own, with the path as the run had it.
+
+    Returns:
+        The file, None if there is no checkpoint at all; and for each one that was skipped its name and why.
+
+    Raises:
+        ValueError: There are checkpoints, and none is whole.
+    """
+    skipped, found = [], []
+    for path in _candidates(Path(work_dir)):
+        try:
+            meta = read_meta(path)
+            found.append((str(meta.get('time', '')), meta['iter'], path))
+        except (ValueError, OSError) as error:
+            skipped.append(str(error))
+    for *_, path in sorted(found, reverse=True):
+        try:
+            check_sums(path)
+            return path, skipped
+        except (ValueError, OSError) as error:
+            skipped.append(str(error))
+    if skipped:
+        listed = ''.join(f'\n  {reason}' for reason in skipped)
+        raise ValueError(
+            f'{work_dir}: no checkpoint to go on from is whole:{listed}\n'
+            'Name another one with --resume PATH, or move these away to start anew'
+        )
+    return None, []
+
+
+def _candidates(work_dir: Path) -> list[Path]:
+    folders = {work_dir.resolve()}
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        last = Path((work_dir / 'last_checkpoint').read_text().strip())
+        folders |= {path.parent.resolve() for path in (work_dir / last, last) if path.is_file()}
+    files = [path for folder in folders for kind in ('iter', 'epoch') for path in folder.glob(f'{kind}_*.pth')]
+    return sorted(path for path in files if path.stem.rpartition('_')[2].isdigit())

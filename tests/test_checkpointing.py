@@ -1,0 +1,170 @@
+"""Checkpoints are whole at any moment, and a run goes on from the newest that is."""
+
+import multiprocessing
+import os
+import resource
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from mmengine.hooks import CheckpointHook as StockHook
+from mmengine.runner import find_latest_checkpoint
+from test_hooks import Classifier, Stem, make_runner
+
+from mmseg_resnest.checkpointing import PARTIAL, CheckpointHook, newest_checkpoint, write_whole
+from mmseg_resnest.checkpoints import read_checkpoint
+
+
+def run(work_dir, iterations, hook=None, width=4, **options):
+    """Returns a runner that saves after every iteration; its model has ``width`` times 4 kB more than it needs."""
+    model = Classifier(Stem(), 4)
+    model.register_parameter('ballast', torch.nn.Parameter(torch.zeros(width, 1000), requires_grad=False))
+    runner = make_runner(work_dir, model, [], max_iters=iterations)
+    runner._hooks = [each for each in runner._hooks if not isinstance(each, StockHook)]
+    runner.register_hook(hook or CheckpointHook(by_epoch=False, interval=1, **options))
+    return runner
+
+
+def files(folder):
+    return sorted(path.name for path in Path(folder).glob('*.pth*'))
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A work dir with the checkpoints of iterations 1 to 3."""
+    run(tmp_path / 'w', 3, max_keep_ckpts=3).train()
+    return tmp_path / 'w'
+
+
+def test_the_newest_is_found_and_the_work_dir_may_move(saved, tmp_path):
+    assert (saved / 'last_checkpoint').read_text() == 'iter_3.pth'
+    moved = saved.rename(tmp_path / 'moved')
+    assert newest_checkpoint(moved) == (moved / 'iter_3.pth', [])
+    assert read_checkpoint(moved / 'iter_3.pth')['meta']['iter'] == 3
+
+
+def flip(content):
+    """Flips one bit in the middle of the file, where the tensors are."""
+    middle = len(content) // 2
+    return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+
+
+@pytest.mark.parametrize(
+    ('damage', 'reason'),
+    [(flip, 'iter_3.pth'), (lambda content: content[:1000], '1000 bytes'), (lambda _: b'', '0 bytes')],
+    ids=['a flipped bit', 'cut off', 'empty'],
+)
+def test_a_damaged_one_is_skipped_and_named(damage, reason, saved):
+    path = saved / 'iter_3.pth'
+    path.write_bytes(damage(path.read_bytes()))
+    newest, skipped = newest_checkpoint(saved)
+    assert newest == saved / 'iter_2.pth'
+    assert len(skipped) == 1
+    assert str(path) in skipped[0]
+    assert reason in skipped[0]
+
+
+def test_none_that_is_whole_is_an_error_and_none_at_all_is_not(saved, tmp_path):
+    for path in saved.glob('*.pth'):
+        path.write_bytes(b'')
+    with pytest.raises(ValueError, match='no checkpoint to go on from is whole') as error:
+        newest_checkpoint(saved)
+    assert all(f'iter_{i}.pth (0 bytes)' in str(error.value) for i in (1, 2, 3))
+    assert newest_checkpoint(tmp_path / 'nowhere') == (None, [])
+
+
+def test_those_of_stock_mmengine_are_found(tmp_path):
+    run(tmp_path / 'w', 3, StockHook(by_epoch=False, interval=1)).train()
+    moved = (tmp_path / 'w').rename(tmp_path / 'moved')
+    assert (moved / 'last_checkpoint').read_text() == str(tmp_path / 'w' / 'iter_3.pth')
+    assert newest_checkpoint(moved) == (moved / 'iter_3.pth', [])
+
+
+def test_one_to_keep_is_the_last_and_a_resumed_run_deletes_the_one_before(tmp_path):
+    run(tmp_path / 'w', 3, max_keep_ckpts=1).train()
+    assert files(tmp_path / 'w') == ['iter_3.pth']
+    (tmp_path / 'w' / f'iter_9.pth{PARTIAL}').write_bytes(b'of a killed run')
+    runner = run(tmp_path / 'w', 5, max_keep_ckpts=1)
+    runner.resume(str(tmp_path / 'w' / 'iter_3.pth'))
+    runner.train()
+    assert files(tmp_path / 'w') == ['iter_5.pth']
+    assert newest_checkpoint(tmp_path / 'w')[0].name == 'iter_5.pth'
+    assert find_latest_checkpoint(str(tmp_path / 'w')) == 'iter_5.pth'
+
+
+@pytest.mark.parametrize('best', ['images/count', ['images/count', 'rank']])
+def test_the_best_before_is_deleted_once_the_next_is_there(best, tmp_path):
+    hook = CheckpointHook(by_epoch=False, interval=1, save_best=best, rule='greater')
+    runner = run(tmp_path, 1, hook)
+    runner._val_loop = None  # the metrics come from below
+    runner.train()
+    before_remove = []
+    hook._remove = lambda path: (before_remove.append(files(tmp_path)), CheckpointHook._remove(hook, path))
+    for iteration, count in enumerate((3, 5, 4), 1):
+        runner.train_loop._iter = iteration
+        hook._save_best_checkpoint(runner, {'images/count': count, 'rank': count})
+    kept = [name for name in files(tmp_path) if name.startswith('best')]
+    keys = 1 if isinstance(best, str) else 2
+    assert [name.endswith('_iter_2.pth') for name in kept] == [True] * keys
+    assert len(before_remove) == keys
+    assert sum(name.startswith('best') for name in before_remove[0]) > keys  # the next one was there already
+
+
+def train_for_ever(work_dir):
+    run(work_dir, 100_000, width=4000, max_keep_ckpts=1).train()
+
+
+@pytest.mark.parametrize('written', [0, 0.3, 0.9, None], ids=['begun', 'a third', 'nearly all', 'anywhen'])
+def test_kill_9_in_the_middle_of_a_save(written, tmp_path):
+    """With one checkpoint to keep and 16 MB to write, killed when that part of it is on the disk."""
+    child = multiprocessing.get_context('fork').Process(target=train_for_ever, args=(tmp_path,))
+    child.start()
+    try:
+        wait_for(lambda: len(list(tmp_path.glob('iter_*.pth'))) > 0)
+        if written is None:
+            time.sleep(0.5)
+        else:
+            wait_for(lambda: size_of_partial(tmp_path) >= written * 16e6)
+    finally:
+        os.kill(child.pid, signal.SIGKILL)
+        child.join()
+    newest, skipped = newest_checkpoint(tmp_path)
+    assert skipped == []
+    assert read_checkpoint(newest)['meta']['iter'] == int(newest.stem.removeprefix('iter_'))
+    runner = run(tmp_path, int(newest.stem.removeprefix('iter_')) + 2, width=4000, max_keep_ckpts=1)
+    runner.resume(str(newest))
+    runner.train()
+    assert files(tmp_path) == [f'iter_{runner.iter}.pth']  # what was half written is gone, too
+
+
+def size_of_partial(folder):
+    try:
+        return next(folder.glob(f'*.pth{PARTIAL}')).stat().st_size
+    except (StopIteration, FileNotFoundError):
+        return -1
+
+
+def wait_for(condition, seconds=60, every=0.001):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, 'it did not come in time'
+        time.sleep(every)
+
+
+def test_a_full_disk_is_explained_and_spares_what_was_there(tmp_path):
+    """No file may grow beyond 1 MB, which the next save needs."""
+    path = tmp_path / 'iter_1.pth'
+    write_whole(path, b'before')
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r'2000000 bytes could not be written .* free some space'):
+            write_whole(path, bytes(2_000_000))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
+    assert path.read_bytes() == b'before'
+    assert files(tmp_path) == ['iter_1.pth']

@@ -1,0 +1,161 @@
+"""A resumed run is the same run, bit for bit, whatever its data loader's workers."""
+
+import os
+import random
+import re
+import signal
+import time
+
+import numpy as np
+import pytest
+import torch
+from test_hooks import config_runner
+from test_launch import free_port
+from test_signals import HERE, command, pid_of_rank, torchrun, wait_for_log
+from tiny import write_data_set
+
+from mmseg_resnest.checkpoints import read_checkpoint
+from mmseg_resnest.randomness import SAMPLE, STEP, _Numbered, seed_generators
+
+DROPOUT = [f'model.{head}.dropout_ratio=0.5' for head in ('decode_head', 'auxiliary_head')]
+
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory):
+    return write_data_set(tmp_path_factory.mktemp('data') / 'data', training=6, validation=2)
+
+
+def train(work_dir, data, workers, *options, edit=lambda cfg: None):
+    """Trains five iterations with dropout and augmentation; a checkpoint is kept of every one."""
+    saving = ['default_hooks.checkpoint.interval=1', 'default_hooks.checkpoint.max_keep_ckpts=-1']
+    loader = [f'train_dataloader.num_workers={workers}', 'train_cfg.max_iters=5']
+    runner = config_runner(work_dir, data, *DROPOUT, *saving, *loader, *options, edit=edit)
+    runner.train()
+    assert runner.iter == runner.max_iters
+    if workers:  # the garbage collector, which closes their queues first, would wait 10 s for them
+        runner.train_loop.dataloader_iterator._iterator._shutdown_workers()
+
+
+def resumed_from(checkpoint):
+    """Returns the options of a run that goes on from a checkpoint."""
+    return [f'load_from={checkpoint}', 'resume=True']
+
+
+def states(path):
+    """Returns the tensors of a run's checkpoint: weights, statistics and momenta."""
+    checkpoint = read_checkpoint(path)
+    momenta = checkpoint['optimizer']['state']
+    return checkpoint['state_dict'] | {f'momentum {i}': state['momentum_buffer'] for i, state in momenta.items()}
+
+
+def assert_equal(path, reference):
+    found, expected = states(path), states(reference)
+    assert found.keys() == expected.keys()
+    assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
+
+
+@pytest.fixture(scope='module')
+def whole(data, tmp_path_factory):
+    """A run that nothing has interrupted, with no workers."""
+    folder = tmp_path_factory.mktemp('whole')
+    train(folder, data, 0)
+    return folder
+
+
+@pytest.mark.parametrize('workers', [0, 2])
+def test_two_and_three_iterations_are_five(workers, whole, data, tmp_path):
+    """Resumed without workers or with two, and with another seed on the command line than the run had."""
+    train(tmp_path, data, workers, 'randomness.seed=77', *resumed_from(whole / 'iter_2.pth'))
+    for iteration in (3, 4, 5):
+        assert_equal(tmp_path / f'iter_{iteration}.pth', whole / f'iter_{iteration}.pth')
+
+
+def test_a_run_with_workers_is_the_one_without(whole, data, tmp_path):
+    train(tmp_path / 'w', data, 2)
+    assert_equal(tmp_path / 'w' / 'iter_5.pth', whole / 'iter_5.pth')
+    train(tmp_path / 'r', data, 0, *resumed_from(tmp_path / 'w' / 'iter_3.pth'))
+    assert_equal(tmp_path / 'r' / 'iter_5.pth', whole / 'iter_5.pth')
+
+
+def test_without_the_hook_a_resumed_run_is_another(whole, data, tmp_path):
+    """What the other tests see is the hook's work."""
+
+    def drop(cfg):
+        cfg.custom_hooks = [hook for hook in cfg.custom_hooks if hook.type != 'mmseg_resnest.RandomnessHook']
+
+    train(tmp_path, data, 0, *resumed_from(whole / 'iter_2.pth'), edit=drop)
+    with pytest.raises(AssertionError):
+        assert_equal(tmp_path / 'iter_5.pth', whole / 'iter_5.pth')
+
+
+def by_epoch(cfg):
+    cfg.train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=2, val_interval=9)
+    cfg.train_dataloader.sampler = dict(type='DefaultSampler', shuffle=True)
+    cfg.param_scheduler = []
+
+
+def test_an_epoch_that_was_broken_off_goes_on_with_its_next_batch(data, tmp_path):
+    """Two epochs of three batches, resumed after the fourth."""
+    train(tmp_path / 'w', data, 0, edit=by_epoch)
+    train(tmp_path / 'r', data, 0, *resumed_from(tmp_path / 'w' / 'iter_4.pth'), edit=by_epoch)
+    assert_equal(tmp_path / 'r' / 'iter_6.pth', tmp_path / 'w' / 'iter_6.pth')
+
+
+def drawn():
+    return random.random(), np.random.rand(), torch.rand(1).item()
+
+
+def test_the_generators_follow_from_the_key():
+    draws = []
+    for key in ((1, SAMPLE, 5), (1, STEP, 5), (2, SAMPLE, 5), (1, SAMPLE, 6), (1, SAMPLE, 5)):
+        seed_generators(*key)
+        draws.append(drawn())
+    assert draws[0] == draws[-1]
+    assert len({value for triple in draws[:-1] for value in triple}) == 12
+
+
+def test_two_ranks_number_their_samples_without_a_gap():
+    numbered = [_Numbered(range(rank, 6, 2), rank, 2) for rank in (0, 1)]
+    assert [list(each) for each in numbered] == [[(0, 0), (2, 2), (4, 4)], [(1, 1), (3, 3), (5, 5)]]
+
+
+def test_a_resume_at_iteration_160_000_does_not_replay_the_data(whole, data, tmp_path):
+    """The first batch is there within two seconds of what a start takes."""
+    checkpoint = torch.load(whole / 'iter_2.pth', weights_only=False)
+    checkpoint['meta']['iter'] = 160_000
+    torch.save(checkpoint, tmp_path / 'late.pth')
+    seconds = []
+    late = ['train_cfg.max_iters=160001', *resumed_from(tmp_path / 'late.pth')]
+    for name, options in (('a', ['train_cfg.max_iters=1']), ('b', late)):
+        start = time.perf_counter()
+        train(tmp_path / name, data, 0, *options)
+        seconds.append(time.perf_counter() - start)
+    assert (tmp_path / 'b' / 'iter_160001.pth').is_file()
+    assert seconds[1] < seconds[0] + 2
+
+
+@pytest.mark.slow
+def test_a_restart_by_torchrun_gives_what_two_machines_give_undisturbed(data, tmp_path):
+    """A rank is killed after the third of twelve iterations; ``--nnodes 2`` are two torchruns of one process each."""
+    saving = ['default_hooks.checkpoint.interval=2', 'default_hooks.checkpoint.max_keep_ckpts=-1']
+    args = command(data, *DROPOUT, *saving, 'train_cfg.max_iters=12', 'randomness.seed=5')
+    disturbed, undisturbed = (tmp_path / name for name in ('disturbed', 'undisturbed'))
+    disturbed.mkdir()
+    undisturbed.mkdir()
+    with torchrun(disturbed, *args, options=[*HERE, '--max-restarts', '1']) as process:
+        wait_for_log('3/12]', disturbed)
+        os.kill(pid_of_rank(1, process), signal.SIGKILL)
+        assert process.wait(200) == 0, (disturbed / 'out').read_text()
+    out = (disturbed / 'out').read_text()
+    resumed_at = int(re.search(r'resumed epoch: 0, iter: (\d+)', out)[1])
+    assert 2 <= resumed_at <= 10
+    machine = ['--nnodes', '2', '--rdzv-backend', 'c10d', '--rdzv-endpoint', f'127.0.0.1:{free_port()}']
+    machine += ['--local-addr', '127.0.0.1', '--nproc-per-node', '1']
+    with (
+        torchrun(undisturbed, *args, options=machine) as first,
+        torchrun(undisturbed, *args, options=machine) as second,
+    ):
+        assert [first.wait(200), second.wait(200)] == [0, 0], (undisturbed / 'out').read_text()
+    assert 'GPU number: 2' in (undisturbed / 'out').read_text()  # MMEngine's word for processes
+    for iteration in (2, 12):
+        assert_equal(disturbed / 'w' / f'iter_{iteration}.pth', undisturbed / 'w' / f'iter_{iteration}.pth')

@@ -1,0 +1,75 @@
+"""A rank that is dead, stopped or without data ends the job, and is named."""
+
+import os
+import re
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from test_checkpointing import wait_for
+from test_launch import step_of_two
+from test_signals import command, ended, is_there, open_for_writing, pid_of_rank, torchrun, wait_for_log
+from tiny import Tool, write_data_set
+
+from mmseg_resnest.watch import EXIT_STALLED, WatchHook
+
+TIMEOUT = 4
+SHORT = f'custom_hooks.4.timeout={TIMEOUT}'  # WatchHook's
+KILLED_AFTER = 30  # seconds, in which torchrun lets the other ranks end by themselves
+SLACK = 30  # for a machine with much to do
+
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory):
+    return write_data_set(tmp_path_factory.mktemp('data') / 'data')
+
+
+def test_a_timeout_is_positive():
+    with pytest.raises(ValueError, match='timeout=0; expected a number of seconds above 0'):
+        WatchHook(timeout=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('number', ['SIGKILL', 'SIGSTOP'])
+def test_a_rank_that_is_killed_or_stopped_ends_the_job(number, data, tmp_path):
+    with torchrun(tmp_path, *command(data, SHORT)) as process:
+        wait_for_log(' 3/100000]', tmp_path)
+        ranks = [pid_of_rank(rank, process) for rank in (0, 1)]
+        start = time.monotonic()
+        os.kill(ranks[1], getattr(signal, number))
+        assert process.wait(TIMEOUT + KILLED_AFTER + SLACK) == 1  # torchrun's own
+        seconds = time.monotonic() - start
+    out = (tmp_path / 'out').read_text()
+    if number == 'SIGKILL':  # torchrun sees it, and rank 0 that the connection is gone
+        assert re.search(r'rank +: 1 .*\n +exitcode +: -9 ', out)
+        assert seconds < SLACK
+    else:
+        assert f'error on rank 0: rank 1 has not been heard of for {TIMEOUT} s: dead, stopped, or cut off' in out
+        assert re.search(rf'rank +: 0 .*\n +exitcode +: {EXIT_STALLED} ', out)
+    assert not any(map(is_there, ranks))
+
+
+@pytest.mark.slow
+def test_a_rank_whose_data_do_not_come_is_named(tmp_path):
+    """One of the labels is a pipe that nobody writes to: the rank that reads it lives, but does not get on."""
+    root = write_data_set(tmp_path / 'data', training=8)
+    pipe = root / 'annotations/training/7.png'
+    pipe.unlink()
+    os.mkfifo(pipe)
+    args = command(root, SHORT, flags=['--skip-data-check'])
+    first, second = (Tool('train', *args, cwd=tmp_path, OMP_NUM_THREADS='1', **task) for task in step_of_two())
+    with ended(first.process), ended(second.process):
+        writer = []
+        wait_for(lambda: writer.append(open_for_writing(pipe)) or writer[-1] is not None, 120, 0.05)
+        stuck = [
+            str(pipe) in map(os.path.realpath, Path(f'/proc/{tool.process.pid}/fd').iterdir())
+            for tool in (first, second)
+        ]
+        assert sorted(stuck) == [False, True]
+        waiting = (first, second)[stuck.index(False)]
+        waiting.process.join(TIMEOUT * 2 + SLACK)
+        assert waiting.process.exitcode == EXIT_STALLED
+        os.close(writer[-1])
+    message = f'error on rank {stuck.index(False)}: rank {stuck.index(True)} has been behind the others for {TIMEOUT} s'
+    assert message in waiting.logs[1].read_text()
