@@ -50,6 +50,10 @@ def test_a_rank_that_is_killed_or_stopped_ends_the_job(number, data, tmp_path):
     assert not any(map(is_there, ranks))
 
 
+def has_open(pid, file) -> bool:
+    return str(file) in map(os.path.realpath, Path(f'/proc/{pid}/fd').iterdir())
+
+
 @pytest.mark.slow
 def test_a_rank_whose_data_do_not_come_is_named(tmp_path):
     """One of the labels is a pipe that nobody writes to: the rank that reads it lives, but does not get on."""
@@ -62,10 +66,8 @@ def test_a_rank_whose_data_do_not_come_is_named(tmp_path):
     with ended(first.process), ended(second.process):
         writer = []
         wait_for(lambda: writer.append(open_for_writing(pipe)) or writer[-1] is not None, 120, 0.05)
-        stuck = [
-            str(pipe) in map(os.path.realpath, Path(f'/proc/{tool.process.pid}/fd').iterdir())
-            for tool in (first, second)
-        ]
+        wait_for(lambda: any(has_open(tool.process.pid, pipe) for tool in (first, second)), 60, 0.05)
+        stuck = [has_open(tool.process.pid, pipe) for tool in (first, second)]
         assert sorted(stuck) == [False, True]
         waiting = (first, second)[stuck.index(False)]
         waiting.process.join(TIMEOUT * 2 + SLACK)

@@ -37,7 +37,7 @@ def main() -> None:
     labels, result = WORK_DIR / 'labels', WORK_DIR / 'result.json'
     step('Generating street scenes', '-m', 'mmseg_resnest.demo', DATA)
     step('Training PSPNet with ResNeSt-14 from scratch', tool('train'), CONFIG, *where, '--seed', '0', *sys.argv[1:])
-    checkpoint = (WORK_DIR / 'last_checkpoint').read_text()
+    checkpoint = str(WORK_DIR / (WORK_DIR / 'last_checkpoint').read_text())
     outputs = ('--json', str(result), '--out', str(labels))
     step('Testing on the held-out scenes', tool('test'), CONFIG, checkpoint, *where, *outputs)
     inputs = ('--json', str(result), '--labels', str(labels))
