@@ -86,7 +86,8 @@ BATCHES = {
 @pytest.mark.parametrize('test_cfg', [WHOLE, SLIDE], ids=['whole', 'slide'])
 @pytest.mark.parametrize('head', HEADS)
 def test_equals_mmsegmentation(head, test_cfg):
-    theirs, ours = make_pair(head, test_cfg)
+    # in float64: in float32 the rounding of windows in batches alone comes to the bound, with some numbers of threads
+    theirs, ours = (model.double() for model in make_pair(head, test_cfg))
     for batch in BATCHES.values():
         assert_same(predict(ours, batch), predict(theirs, batch))
 
