@@ -8,8 +8,7 @@ from mmengine.structures import PixelData
 from mmseg.structures import SegDataSample
 from torch import Tensor
 
-from mmseg_resnest.ops import Placement, upsample_argmax
-from mmseg_resnest.ops.upsample_argmax import place
+from mmseg_resnest.ops import Placement, place, upsample_argmax
 
 WINDOWS = 8  # that the network gets at a time
 

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mmseg_resnest.inference import WINDOWS
-from mmseg_resnest.ops import Placement, upsample_argmax
-from mmseg_resnest.ops.upsample_argmax import place
+from mmseg_resnest.ops import Placement, place, upsample_argmax
 from mmseg_resnest.registry import MODELS
 from mmseg_resnest.segmentor import EncoderDecoder, has_plain_predict
 

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from mmseg_resnest.ops.upsample_argmax import Placement, Taps, column_taps, label_type, row_taps
+from mmseg_resnest.ops.placement import Placement, Taps, column_taps, label_type, row_taps
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(-3.4e38)
