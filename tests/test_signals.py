@@ -50,9 +50,13 @@ def children(pid) -> list[int]:
     return [int(child) for child in Path(f'/proc/{pid}/task/{pid}/children').read_text().split()]
 
 
+def state(pid) -> str:
+    return Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()[0]
+
+
 def is_there(pid) -> bool:
     try:
-        return Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()[0] != 'Z'
+        return state(pid) != 'Z'
     except (FileNotFoundError, ProcessLookupError):
         return False
 
@@ -120,6 +124,7 @@ def test_a_second_sigint_ends_a_run_that_waits_for_its_data(tmp_path):
     with ended(tool.process):
         writer = []
         wait_for(lambda: writer.append(open_for_writing(pipe)) or writer[-1] is not None)
+        wait_for(lambda: is_reading(tool.process.pid, pipe))
         os.kill(tool.process.pid, signal.SIGINT)
         wait_for(lambda: 'a second SIGINT ends it at once' in tool.logs[1].read_text())
         assert tool.process.is_alive()
@@ -136,6 +141,11 @@ def open_for_writing(pipe) -> int | None:
         return os.open(pipe, os.O_WRONLY | os.O_NONBLOCK)
     except OSError:
         return None
+
+
+def is_reading(pid, file) -> bool:
+    """Whether the process has opened ``file`` and sleeps: one whose open() has not returned yet can miss a signal."""
+    return str(file) in map(os.path.realpath, Path(f'/proc/{pid}/fd').iterdir()) and state(pid) == 'S'
 
 
 # ------------------------------------------------------------------------------------------------------ two processes

@@ -4,12 +4,11 @@ import os
 import re
 import signal
 import time
-from pathlib import Path
 
 import pytest
 from test_checkpointing import wait_for
 from test_launch import step_of_two
-from test_signals import command, ended, is_there, open_for_writing, pid_of_rank, torchrun, wait_for_log
+from test_signals import command, ended, is_reading, is_there, open_for_writing, pid_of_rank, torchrun, wait_for_log
 from tiny import Tool, write_data_set
 
 from mmseg_resnest.watch import EXIT_STALLED, WatchHook
@@ -50,10 +49,6 @@ def test_a_rank_that_is_killed_or_stopped_ends_the_job(number, data, tmp_path):
     assert not any(map(is_there, ranks))
 
 
-def has_open(pid, file) -> bool:
-    return str(file) in map(os.path.realpath, Path(f'/proc/{pid}/fd').iterdir())
-
-
 @pytest.mark.slow
 def test_a_rank_whose_data_do_not_come_is_named(tmp_path):
     """One of the labels is a pipe that nobody writes to: the rank that reads it lives, but does not get on."""
@@ -66,8 +61,8 @@ def test_a_rank_whose_data_do_not_come_is_named(tmp_path):
     with ended(first.process), ended(second.process):
         writer = []
         wait_for(lambda: writer.append(open_for_writing(pipe)) or writer[-1] is not None, 120, 0.05)
-        wait_for(lambda: any(has_open(tool.process.pid, pipe) for tool in (first, second)), 60, 0.05)
-        stuck = [has_open(tool.process.pid, pipe) for tool in (first, second)]
+        wait_for(lambda: any(is_reading(tool.process.pid, pipe) for tool in (first, second)), 60, 0.05)
+        stuck = [is_reading(tool.process.pid, pipe) for tool in (first, second)]
         assert sorted(stuck) == [False, True]
         waiting = (first, second)[stuck.index(False)]
         waiting.process.join(TIMEOUT * 2 + SLACK)
