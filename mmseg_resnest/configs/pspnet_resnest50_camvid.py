@@ -5,7 +5,8 @@
 
 CamVid in ADE20K's folder layout: 480x360 road scenes, 367 to train and 101 to validate, 11 classes, 255 not labelled.
 GPU hours: 0.07 on one H200 (236 s, start-up and evaluation included, before training was compiled).
-Published: nothing for this model and recipe. Measured from scratch (model.backbone.init_cfg=None, seed 0), likewise: mIoU 45.98.
+Published: nothing for this model and recipe. Measured likewise, from scratch (model.backbone.init_cfg=None, seed 0):
+mIoU 45.98.
 
 Generated from configs/pspnet_resnest50_camvid.py by `make configs`; edit that file.
 """
