@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mmseg_resnest.benchmark.alone import hand_over, run_alone
+from mmseg_resnest.benchmark.training import smp_model
 
 MMSEG_BACKBONE = dict(
     type='mmseg.ResNeSt', stem_channels=128, radix=2, reduction_factor=4, avg_down_stride=True, num_stages=4,
@@ -211,21 +212,8 @@ def _latency(spec: Spec) -> float:
 
 def _smp_latency(spec: Spec) -> float:
     """Its DeepLabV3 on timm's ResNeSt, compiled with CUDA graphs, resizing and argmax in the graph; padded to 8."""
-    try:
-        import segmentation_models_pytorch as smp
-    except ImportError as error:
-        raise ImportError('--against smp needs it: pip install segmentation-models-pytorch') from error
     cfg = Config.fromfile(spec.config)
-    head, depth = cfg.model.decode_head, cfg.model.backbone.depth
-    name = f'timm-resnest{depth}e' if depth > 50 else f'timm-resnest{depth}d'
-    model = smp.DeepLabV3(
-        encoder_name=name,
-        encoder_weights=None,
-        encoder_output_stride=8,
-        decoder_channels=head.channels,
-        decoder_atrous_rates=(12, 24, 36),
-        classes=head.num_classes,
-    )
+    model = smp_model(cfg, channels=cfg.model.decode_head.channels)
     dtype = getattr(torch, spec.dtype)
     model = _settled(model.to(_device()), model).to(dtype=dtype, memory_format=torch.channels_last)
     height, width = spec.size

@@ -22,7 +22,7 @@ from mmengine.registry import init_default_scope
 from mmengine.structures import PixelData
 from mmseg.registry import MODELS
 from mmseg.structures import SegDataSample
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mmseg_resnest.benchmark.alone import hand_over
@@ -240,21 +240,31 @@ def _mmseg_config(cfg: Config) -> Config:
     return theirs
 
 
-def _smp_step(side: str, cfg: Config, batch: dict) -> Callable[[], object]:
-    """Its DeepLabV3 on timm's ResNeSt, bfloat16, channels-last, network and loss compiled together."""
+def smp_model(cfg: Config, channels: int) -> nn.Module:
+    """Returns segmentation_models.pytorch's DeepLabV3 on timm's ResNeSt, of the config's depth and classes.
+
+    Raises:
+        ImportError: The package is not there.
+    """
     try:
         import segmentation_models_pytorch as smp
     except ImportError as error:
         raise ImportError('--against smp needs it: pip install segmentation-models-pytorch') from error
-    depth, head, preprocessor = cfg.model.backbone.depth, cfg.model.decode_head, cfg.model.data_preprocessor
-    model = smp.DeepLabV3(
+    depth = cfg.model.backbone.depth
+    return smp.DeepLabV3(
         encoder_name=f'tu-resnest{depth}{"e" if depth > 50 else "d"}',
         encoder_weights=None,
         encoder_output_stride=8,
-        decoder_channels=256,
+        decoder_channels=channels,
         decoder_atrous_rates=(12, 24, 36),
-        classes=head.num_classes,
+        classes=cfg.model.decode_head.num_classes,
     )
+
+
+def _smp_step(side: str, cfg: Config, batch: dict) -> Callable[[], object]:
+    """Its DeepLabV3 on timm's ResNeSt, bfloat16, channels-last, network and loss compiled together."""
+    preprocessor = cfg.model.data_preprocessor
+    model = smp_model(cfg, channels=256)
     model = model.to(_device(), memory_format=torch.channels_last).train()
     options = {key: value for key, value in cfg.optim_wrapper.optimizer.items() if key != 'type'}
     optimizer = torch.optim.SGD(model.parameters(), **options)
