@@ -3,10 +3,11 @@
 Pixels of a row that lie between the same two columns of logits form groups of at most K. A thread owns a group (in the
 first kernel of one row, in the second of all rows, for a few classes) and loops over classes or rows: it interpolates
 four logits down a row once, and then across to K pixels, so an interpolated logit costs one multiply-add, its
-exponential, and its share of two accumulators. Nothing is reduced across threads, and there are no atomics: the result
-is deterministic.
+exponential, and its share of two accumulators. Exponentials are of differences from a pixel's highest logit, as
+torch's, and what is certain is exactly 1. Nothing is reduced across threads, and there are no atomics: the result is
+deterministic.
 
-    1. softmax_kernel: a row's pixels -> log-sum-exp (stored: one number a pixel) and the sums.
+    1. softmax_kernel: a row's pixels -> highest logit and log-sum-exp (stored: two numbers a pixel) and the sums.
     2. gradient_kernel: -> each group's share of the gradients of its two columns of logits.
     3. torch adds the shares of a column's groups.
 """
@@ -23,6 +24,7 @@ from mmseg_resnest.ops.bilinear import bilinear_axis
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+LOWEST = tl.constexpr(-3.4e38)
 BLOCK = 128
 CLASSES = 8
 ROWS = 16
@@ -122,8 +124,8 @@ def softmax_kernel(
     column_weight,
     top_row,
     row_weight,
-    bounds,  # (N, H, G) float32: the highest logit at a group's corners, in base 2
-    log_sum_exp,  # (N, H, K, G) float32, base 2, less the bound and log2 of the pixel's weight; inf where ignored
+    highests,  # (N, H, K, G) float32: the highest logit of a pixel
+    log_sum_exp,  # (N, H, K, G) float32, base 2, less the highest and log2 of the pixel's weight; inf where ignored
     targets,  # (N, H, K, G) int16, -1 where ignored
     sums,  # (4, programs) float32
     total,  # N * H * G
@@ -169,38 +171,21 @@ def softmax_kernel(
     bottom_left = image + bottom * w + left
     bottom_right = image + bottom * w + right
 
-    # No logit of the group is above its corners' highest, by which the exponentials are scaled.
-    bound = tl.full((1, BLOCK), float('-inf'), tl.float32)
-    for c in range(C):
-        offset = c * plane
-        upper = tl.maximum(_at(top_left + offset, inside), _at(top_right + offset, inside))
-        lower = tl.maximum(_at(bottom_left + offset, inside), _at(bottom_right + offset, inside))
-        bound = tl.maximum(bound, tl.maximum(upper, lower))
-
-    highest = tl.full((K, BLOCK), float('-inf'), tl.float32)
-    exponentials = tl.zeros((K, BLOCK), tl.float32)
-    smooth = tl.zeros((K, BLOCK), tl.float32)  # sum over c of w[c] * (bound - z[c])
-    shift = -bound * LOG2E
+    highest = tl.full((K, BLOCK), LOWEST, tl.float32)
+    exponentials = tl.zeros((K, BLOCK), tl.float32)  # sum over c of exp(z[c] - highest)
+    smooth = tl.zeros((K, BLOCK), tl.float32)  # sum over c of w[c] * (z[c] - reference)
+    reference = _at(top_left, inside)
     for c in range(C):
         offset = c * plane
         v0 = _lerp(_at(top_left + offset, inside), _at(bottom_left + offset, inside), a)
         v1 = _lerp(_at(top_right + offset, inside), _at(bottom_right + offset, inside), a)
         z = tl.fma(v1 - v0, b, v0)
+        above = z - highest
+        smaller = tl.exp2(-tl.abs(above) * LOG2E)  # of the two terms, over the larger
+        exponentials = tl.where(above > 0, tl.fma(exponentials, smaller, 1.0), exponentials + smaller)
         highest = tl.maximum(highest, z)
-        exponentials += tl.exp2(tl.fma(z, LOG2E, shift))
         if SMOOTH:
-            smooth += tl.load(class_weight + c) * (bound - z)
-
-    # Where the corners' highest is far above the pixel's own, too little is left of the exponentials.
-    lost = (bound - highest) * LOG2E > 64
-    origin = tl.where(lost, highest, bound)
-    if tl.max(lost.to(tl.int32)) > 0:
-        exponentials = tl.zeros((K, BLOCK), tl.float32)
-        for c in range(C):
-            offset = c * plane
-            v0 = _lerp(_at(top_left + offset, inside), _at(bottom_left + offset, inside), a)
-            v1 = _lerp(_at(top_right + offset, inside), _at(bottom_right + offset, inside), a)
-            exponentials += tl.exp2(tl.fma(tl.fma(v1 - v0, b, v0), LOG2E, -origin * LOG2E))
+            smooth += tl.load(class_weight + c) * (z - reference)
 
     label = tl.load(labels + row * W + x, mask=pixel, other=0).to(tl.int64)
     valid = pixel & (label != ignore_index)
@@ -212,21 +197,20 @@ def softmax_kernel(
     z = tl.fma(v1 - v0, b, v0)
     weight = tl.load(class_weight + target, mask=known, other=0.0)
 
-    log2_sum = tl.log2(exponentials)
-    log_sum = log2_sum * LN2  # log-sum-exp less the origin
+    log_sum = tl.log2(exponentials)
     scale = weight
-    loss = weight * (log_sum + (origin - z))
+    loss = weight * tl.fma(log_sum, LN2, highest - z)
     if SMOOTH:
         scale = (1 - smoothing * C) * weight + smoothing * weight_sum
-        loss = (1 - smoothing * C) * loss + smoothing * (weight_sum * (log_sum + (origin - bound)) + smooth)
+        spread = weight_sum * tl.fma(log_sum, LN2, highest - reference) - smooth
+        loss = (1 - smoothing * C) * loss + smoothing * spread
     loss = tl.where(known, loss, tl.where(valid, float('nan'), 0.0))
     right_ones = (known & (z >= highest)).to(tl.float32)
 
     if GRADIENT:
         place = (row * K + k) * G + group
-        tl.store(bounds + row * G + group, -shift, mask=inside)
-        stored = tl.where(known, log2_sum + (origin * LOG2E + shift) - tl.log2(scale), float('inf'))
-        tl.store(log_sum_exp + place, stored, mask=inside)
+        tl.store(highests + place, highest, mask=inside)
+        tl.store(log_sum_exp + place, tl.where(known, log_sum - tl.log2(scale), float('inf')), mask=inside)
         tl.store(targets + place, tl.where(known, label, -1).to(tl.int16), mask=inside)
     programs = tl.num_programs(0)
     at = sums + tl.program_id(0)
@@ -240,7 +224,7 @@ def softmax_kernel(
 def gradient_kernel(
     logits,  # (N, C, h, w)
     class_weight,  # (C,) float32
-    bounds,  # (N, H, G), as softmax_kernel stores it
+    highests,  # (N, H, K, G), as softmax_kernel stores them
     log_sum_exp,  # (N, H, K, G), likewise
     targets,  # (N, H, K, G)
     left_column,
@@ -298,8 +282,7 @@ def gradient_kernel(
             z = tl.fma((v1 - v0)[:, None, :], b, v0[:, None, :])
             place = ((n * H + y) * K + k) * G + group[None, :]
             target = tl.load(targets + place)[None]
-            z = tl.fma(z, LOG2E, -tl.load(bounds + (n * H + y) * G + group)[None, None, :])
-            g = tl.exp2(z - tl.load(log_sum_exp + place)[None])
+            g = tl.exp2(tl.fma(z - tl.load(highests + place)[None], LOG2E, -tl.load(log_sum_exp + place)[None]))
             g -= tl.where(target == c[:, None, :], on_target, 0.0)
             if SMOOTH:
                 g -= tl.where(target >= 0, spread, 0.0)
@@ -361,12 +344,12 @@ def sums_and_gradient(
     programs = triton.cdiv(total, BLOCK)
     stored = (N, H, K, G) if needs_gradient else (0,)
     log_sum_exp = torch.empty(stored, dtype=torch.float32, device=logits.device)
-    bounds = torch.empty((N, H, G), dtype=torch.float32, device=logits.device)
+    highests = torch.empty(stored, dtype=torch.float32, device=logits.device)
     targets = torch.empty(stored, dtype=torch.int16, device=logits.device)
     sums = torch.empty((4, programs), dtype=torch.float32, device=logits.device)
     with torch.cuda.device_of(logits):
         softmax_kernel[(programs,)](
-            logits, labels, weight, *groups[:4], rows.top, rows.weight, bounds, log_sum_exp, targets, sums,
+            logits, labels, weight, *groups[:4], rows.top, rows.weight, highests, log_sum_exp, targets, sums,
             total, C, h, w, H, W, G, ignore_index, label_smoothing / C, float(weight.sum()) if label_smoothing else 0.0,
             SMOOTH=label_smoothing > 0, GRADIENT=needs_gradient, K=K, BLOCK=BLOCK, num_warps=BLOCK // 32,
         )  # fmt: skip
@@ -378,7 +361,7 @@ def sums_and_gradient(
     gradient = torch.empty((N, C, h, w), dtype=torch.float32, device=logits.device)
     with torch.cuda.device_of(logits):
         gradient_kernel[grid](
-            logits, weight, bounds, log_sum_exp, targets, *groups[:4], rows.start, rows.weight, shares,
+            logits, weight, highests, log_sum_exp, targets, *groups[:4], rows.start, rows.weight, shares,
             shares[0].numel(), C, h, w, H, G, label_smoothing / C,
             SMOOTH=label_smoothing > 0, ROWS=ROWS, CLASSES=CLASSES, K=K, BLOCK=BLOCK, num_warps=BLOCK // 32,
         )  # fmt: skip
