@@ -209,6 +209,15 @@ def test_without_gradient(impl):
 
 
 @pytest.mark.parametrize('impl', IMPLEMENTATIONS)
+def test_a_size_seen_in_inference_mode_can_be_trained(impl):
+    """Positions and weights are remembered."""
+    logits, labels = make_case((1, 3, 5, 7), (37, 39))
+    with torch.inference_mode():
+        upsample_cross_entropy(logits, labels, impl=impl)
+    assert_equal(compute(logits, labels, impl=impl), expected(logits, labels), logits.dtype)
+
+
+@pytest.mark.parametrize('impl', IMPLEMENTATIONS)
 def test_twice_the_same_bits(impl):
     logits, labels = make_case((2, 3, 4, 4), (32, 32))
     first, second = (compute(logits, labels, impl=impl) for _ in range(2))

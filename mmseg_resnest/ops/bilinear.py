@@ -22,6 +22,7 @@ class Axis(NamedTuple):
 
 
 @lru_cache(maxsize=64)
+@torch.inference_mode(False)  # what is kept serves training too
 def bilinear_axis(in_size: int, out_size: int, align_corners: bool) -> Axis:
     """Returns torch's bilinear interpolation of ``in_size`` values to ``out_size``, in float64 on the CPU."""
     positions = torch.arange(out_size, dtype=torch.float64)

@@ -78,6 +78,7 @@ def _interval(in_size: int, out_size: int, align_corners: bool) -> tuple[Tensor,
 
 
 @lru_cache(maxsize=64)
+@torch.inference_mode(False)
 def pixel_groups(in_size: int, out_size: int, align_corners: bool, device: torch.device) -> Groups:
     """Returns the groups of a row."""
     left, weight = _interval(in_size, out_size, align_corners)
@@ -96,6 +97,7 @@ def pixel_groups(in_size: int, out_size: int, align_corners: bool, device: torch
 
 
 @lru_cache(maxsize=64)
+@torch.inference_mode(False)
 def row_intervals(in_size: int, out_size: int, align_corners: bool, device: torch.device) -> Intervals:
     """Returns the intervals of a column."""
     top, weight = _interval(in_size, out_size, align_corners)
