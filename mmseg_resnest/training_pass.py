@@ -1,9 +1,11 @@
 """How a network runs in training on a GPU: compiled part by part, and replayed as two CUDA graphs."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 
 import torch
+from mmengine.logging import print_log
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
@@ -38,8 +40,10 @@ class TrainingGraphs:
     """Replays a network's forward pass and its gradient as CUDA graphs: two launches instead of thousands.
 
     The graphs are captured for the first batch. They hold its memory for as long as this object lives; the parameters'
-    gradients are copies. They are captured anew where parameters or buffers have moved, were frozen or thawed, or a
-    part was switched between training and evaluation. A batch of another size runs without graphs.
+    gradients are copies. They are captured anew where parameters, buffers or parts have been moved, exchanged, frozen
+    or thawed, or a part was switched between training and evaluation; numbers that a part reads, such as the momentum
+    of batch norm, stay those of the capture. A batch of another size runs without graphs, and so does a network that
+    has nothing to train or exchanges its own buffers.
 
     Args:
         network: Maps images (N, 3, H, W) to tensors, in autograd; no step of it may wait for the GPU.
@@ -49,74 +53,153 @@ class TrainingGraphs:
     def __init__(self, network: Network, module: nn.Module) -> None:
         self._network = network
         self._module = module
-        # Walking the module takes milliseconds, and a GPU waits meanwhile.
-        self._tensors = [*module.parameters(), *module.buffers()]
-        self._parts = list(module.modules())
+        self._parts: list[nn.Module] = []
         self._state: tuple = ()
+        self._capture: Capture | None = None
+        self._said = False
 
     def __call__(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Returns what ``network(images)`` does; the tensors are overwritten by the next call."""
-        state = self._read_state()
-        if self._state != state:
-            self._capture(images)
-            self._state = state
-        if (images.shape, images.dtype) != (self._images.shape, self._images.dtype):
+        """Returns what ``network(images)`` does; the tensors are overwritten by the next call.
+
+        Raises:
+            RuntimeError: The network cannot be captured; or, in the backward pass, the outputs are not those of the
+                last call, or were differentiated before.
+        """
+        if self._state != self._read_state():
+            self._renew(images)
+        capture = self._capture
+        if capture is None:
             return self._network(images)
-        return _Replay.apply(self, images, *self._parameters)
+        if (images.shape, images.dtype) != (capture.images.shape, capture.images.dtype):
+            self._say_once(f'images {tuple(images.shape)} run without them, captured for {tuple(capture.images.shape)}')
+            return self._network(images)
+        return _Replay.apply(capture, images, *capture.parameters)
 
     def _read_state(self) -> tuple:
-        """What the captured kernels take for granted."""
-        tensors = [(tensor.data_ptr(), tensor.requires_grad) for tensor in self._tensors]
-        return (_autocast_dtype(), tensors, [part.training for part in self._parts])
+        """What the captured kernels take for granted; in half a millisecond, of which ``module.modules()`` has many."""
+        parts = [(part.training, *map(id, part._modules.values())) for part in self._parts]
+        tensors = [tensor for part in self._parts for tensor in (*part._parameters.values(), *part._buffers.values())]
+        facts = [(id(t), t.data_ptr(), t.requires_grad) for t in tensors if t is not None]
+        return (_autocast_dtype(), facts, parts)
 
-    def _capture(self, images: Tensor) -> None:
-        self._parameters = [p for p in self._module.parameters() if p.requires_grad]
-        self._images = images.detach().clone()
-        self._warm_up()
-        pool = torch.cuda.graph_pool_handle()
-        self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        # thread_local: meanwhile a loader's thread may pin memory, and NCCL's look at its events.
-        with torch.cuda.graph(self.forward, pool=pool, capture_error_mode='thread_local'):
-            outputs = self._run()
-        self.output_gradients = [torch.empty_like(output) for output in outputs]
-        with torch.cuda.graph(self.backward, pool=pool, capture_error_mode='thread_local'):
-            self.gradients = self._differentiate(outputs, self.output_gradients)
-        self.outputs = [output.detach() for output in outputs]
+    def _renew(self, images: Tensor) -> None:
+        self._capture = None  # the next needs as much memory
+        self._parts = list(self._module.modules())
+        capture = Capture(self._network, self._module, images)
+        if capture.obstacle:
+            self._say_once(f'the network runs without them: {capture.obstacle}')
+        else:
+            self._capture = capture
+        self._state = self._read_state()
 
-    def _warm_up(self) -> None:
-        """Compiles, and lets cuDNN choose; leaves no trace in buffers and random numbers."""
-        buffers = [(buffer, buffer.clone()) for buffer in self._module.buffers()]
+    def _say_once(self, what: str) -> None:
+        if not self._said:
+            print_log(f'CUDA graphs: {what}', logger='current')
+        self._said = True
+
+
+class Capture:
+    """The two CUDA graphs of a network and a batch, and the tensors that they read and write.
+
+    Attributes:
+        images: The batch.
+        parameters: What is differentiated with respect to.
+        outputs: The network's.
+        trained: The indices of those outputs that depend on the parameters.
+        obstacle: Why the graphs cannot be used; empty if they can.
+        pending: The number of the forward pass whose gradient can be computed; None: of none.
+    """
+
+    def __init__(self, network: Network, module: nn.Module, images: Tensor) -> None:
+        self._network = network
+        self.parameters = [p for p in module.parameters() if p.requires_grad]
+        self.images = images.detach().clone()
+        self.passes = 0
+        self.pending: int | None = None
+        with _untouched_buffers(module) as are_exchanged:
+            self.trained = self._warm_up()
+            self.obstacle = '' if self.trained else 'it has nothing to train'
+            if self.trained:
+                self._record()
+            if are_exchanged():
+                self.obstacle = 'it exchanges its own buffers'
+
+    def _warm_up(self) -> list[int]:
+        """Compiles, and lets cuDNN choose; leaves the random numbers as they were. Returns ``trained``."""
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.random.fork_rng([torch.cuda.current_device()]), torch.cuda.stream(stream):
             for _ in range(3):
                 outputs = self._run()
-                self._differentiate(outputs, [torch.zeros_like(output) for output in outputs])
+                gradients = [torch.zeros_like(output) for output in outputs if output.requires_grad]
+                if gradients:
+                    self._differentiate(outputs, gradients)
         torch.cuda.current_stream().wait_stream(stream)
-        for buffer, saved in buffers:
-            buffer.copy_(saved)
+        return [i for i, output in enumerate(outputs) if output.requires_grad]
+
+    def _record(self) -> None:
+        pool = torch.cuda.graph_pool_handle()
+        self._forward, self._backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        try:
+            # thread_local: meanwhile a loader's thread may pin memory, and NCCL's look at its events.
+            with torch.cuda.graph(self._forward, pool=pool, capture_error_mode='thread_local'):
+                outputs = self._run()
+            self._output_gradients = [torch.empty_like(outputs[i]) for i in self.trained]
+            with torch.cuda.graph(self._backward, pool=pool, capture_error_mode='thread_local'):
+                self._gradients = self._differentiate(outputs, self._output_gradients)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            raise RuntimeError(
+                f'the network cannot be captured as CUDA graphs ({error}); model.cuda_graphs=False trains it without'
+            ) from error
+        self.outputs = [output.detach() for output in outputs]
 
     def _run(self) -> tuple[Tensor, ...]:
         # Casts that autocast remembers would be of the weights of the capture.
         with torch.autocast('cuda', _autocast_dtype(), enabled=_autocast_dtype() is not None, cache_enabled=False):
-            return self._network(self._images)
+            return self._network(self.images)
 
     def _differentiate(self, outputs: tuple[Tensor, ...], gradients: list[Tensor]) -> tuple[Tensor | None, ...]:
+        """Returns the parameters' gradients, given those of the outputs that depend on them."""
+        trained = [output for output in outputs if output.requires_grad]
         with torch.autocast('cuda', enabled=False):
-            return torch.autograd.grad(outputs, self._parameters, gradients, allow_unused=True)
+            return torch.autograd.grad(trained, self.parameters, gradients, allow_unused=True)
 
     def replay_forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """Runs the forward pass."""
-        self._images.copy_(images)
-        self.forward.replay()
+        self.images.copy_(images)
+        self._forward.replay()
+        self.passes += 1
+        self.pending = self.passes
         return tuple(output.detach() for output in self.outputs)
 
-    def replay_backward(self, output_gradients: tuple[Tensor, ...]) -> list[Tensor | None]:
-        """Runs the gradient of the last forward pass; returns the parameters' gradients, in tensors of their own."""
-        for static, gradient in zip(self.output_gradients, output_gradients, strict=True):
-            static.copy_(gradient)
-        self.backward.replay()
-        return [None if gradient is None else gradient.clone() for gradient in self.gradients]
+    def replay_backward(self, number: int, output_gradients: tuple[Tensor, ...]) -> list[Tensor | None]:
+        """Runs the gradient of a forward pass; returns the parameters' gradients, in tensors of their own."""
+        if number != self.pending:
+            raise RuntimeError(
+                'CUDA graphs: backward of another forward pass than the last, or a second one of it, whose tensors are '
+                'overwritten. Call backward once after each forward pass, or set model.cuda_graphs=False'
+            )
+        self.pending = None
+        for i, static in zip(self.trained, self._output_gradients, strict=True):
+            static.copy_(output_gradients[i])
+        self._backward.replay()
+        return [None if gradient is None else gradient.clone() for gradient in self._gradients]
+
+
+@contextmanager
+def _untouched_buffers(module: nn.Module) -> Iterator[Callable[[], bool]]:
+    """Gives a module its buffers back, and their values; yields what tells whether others have taken their place."""
+    buffers = [
+        (part._buffers, name, buffer, buffer.clone())
+        for part in module.modules()
+        for name, buffer in part._buffers.items()
+        if buffer is not None
+    ]
+    yield lambda: any(place[name] is not buffer for place, name, buffer, _ in buffers)
+    for place, name, buffer, value in buffers:
+        place[name] = buffer.copy_(value)
 
 
 def _autocast_dtype() -> torch.dtype | None:
@@ -125,11 +208,13 @@ def _autocast_dtype() -> torch.dtype | None:
 
 class _Replay(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, graphs: TrainingGraphs, images: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
-        ctx.graphs = graphs
-        return graphs.replay_forward(images)
+    def forward(ctx: FunctionCtx, capture: Capture, images: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
+        outputs = capture.replay_forward(images)
+        ctx.capture, ctx.number = capture, capture.pending
+        ctx.mark_non_differentiable(*(output for i, output in enumerate(outputs) if i not in capture.trained))
+        return outputs
 
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        return None, None, *ctx.graphs.replay_backward(gradients)
+        return None, None, *ctx.capture.replay_backward(ctx.number, gradients)

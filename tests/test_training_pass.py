@@ -11,7 +11,7 @@ from torch._dynamo.utils import counters
 
 from mmseg_resnest import training_pass
 from mmseg_resnest.resnest import ResNeSt
-from mmseg_resnest.training_pass import TrainingGraphs
+from mmseg_resnest.training_pass import TrainingGraphs, _untouched_buffers
 
 
 def test_blocks_of_a_stage_share_their_code(monkeypatch):
@@ -61,6 +61,42 @@ def test_copies_of_a_segmentor_make_graphs_of_their_own():
         assert twin._graphs is None
         assert twin.state_dict().keys() == model.state_dict().keys()
     assert model._graphs is not None
+
+
+@pytest.mark.parametrize(
+    'change',
+    [
+        lambda model: setattr(model, 'head', nn.Conv2d(8, 4, 1)),
+        lambda model: setattr(model.head, 'weight', nn.Parameter(model.head.weight.detach().clone())),
+        lambda model: setattr(model.head.weight, 'data', model.head.weight.data.clone()),
+        lambda model: setattr(model.body[1], 'running_mean', torch.zeros(8)),
+        lambda model: model.head.requires_grad_(False),
+        lambda model: model.body[1].eval(),
+        lambda model: model.body.append(nn.Identity()),
+    ],
+)
+def test_changes_of_a_network_are_seen(change):
+    model = Small()
+    graphs = TrainingGraphs(model, model)
+    graphs._parts = list(model.modules())
+    before = graphs._read_state()
+    model.body[0].weight.data += 1  # in place, as an optimiser and load_state_dict do
+    assert graphs._read_state() == before
+    change(model)
+    assert graphs._read_state() != before
+
+
+def test_buffers_are_given_back_with_their_values():
+    norm = nn.BatchNorm2d(2)
+    mean = norm.running_mean
+    with _untouched_buffers(norm) as are_exchanged:
+        norm(torch.randn(4, 2, 3, 3))
+        assert not are_exchanged()
+        norm.running_mean = torch.ones(2)
+        assert are_exchanged()
+    assert norm.running_mean is mean
+    assert (mean == 0).all()
+    assert norm.num_batches_tracked == 0
 
 
 class Small(nn.Module):
@@ -128,7 +164,7 @@ def test_random_numbers_are_those_of_a_run_without_a_capture():
     model = make_small(dropout=0.5)
     graphs = TrainingGraphs(model, model)
     torch.cuda.manual_seed(3)
-    graphs._capture(batches(1)[0])
+    graphs._renew(batches(1)[0])
     after = torch.rand(4, device='cuda')
     torch.cuda.manual_seed(3)
     assert torch.equal(after, torch.rand(4, device='cuda'))
@@ -165,3 +201,66 @@ def test_what_has_changed_is_captured_anew():
     step(graphed, graphs, images)
     assert graphed.head.weight.grad is None
     assert torch.allclose(graphed.body[0].weight.grad, plain.body[0].weight.grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize('graphed', [False, True])
+def test_outputs_that_nothing_trains(graphed):
+    """The features of a frozen body, which a head of its own loss reads beside the logits."""
+    model = make_small()
+    model.body.requires_grad_(False)
+    images = batches(1)[0]
+    logits, features = (TrainingGraphs(model, model) if graphed else model)(images)
+    assert logits.requires_grad and not features.requires_grad
+    logits.square().mean().backward()
+    assert model.head.weight.grad.norm() > 0
+    assert model.body[0].weight.grad is None
+    model.head.requires_grad_(False)  # nothing is left
+    assert not any(output.requires_grad for output in TrainingGraphs(model, model)(images))
+
+
+@pytest.mark.gpu
+def test_only_the_last_forward_pass_has_a_gradient_and_only_one():
+    model = make_small()
+    graphs = TrainingGraphs(model, model)
+    images = batches(1)[0]
+    first, second = graphs(images)[0].sum(), graphs(images)[0].sum()
+    with pytest.raises(RuntimeError, match=r'another forward pass than the last.*cuda_graphs=False'):
+        first.backward()
+    second.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match='a second one of it'):
+        second.backward()
+
+
+class Averaging(Small):
+    """Exchanges a buffer in each forward pass, as mmsegmentation's EMAHead does."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer('average', torch.zeros(()))
+
+    def forward(self, images):
+        self.average = 0.5 * self.average + images.mean().detach()
+        return super().forward(images)
+
+
+@pytest.mark.gpu
+def test_a_network_that_exchanges_its_buffers_runs_without_graphs():
+    model = Averaging().cuda().train()
+    graphs = TrainingGraphs(model, model)
+    expected = 0
+    for images in batches(3):
+        graphs(images)
+        expected = 0.5 * expected + images.mean()
+        assert torch.isclose(model.average, expected)
+
+
+@pytest.mark.gpu
+def test_a_network_that_cannot_be_captured_says_how_to_go_on():
+    model = make_small()
+
+    def network(images):
+        return (model(images)[0] * torch.rand(1).to(images.device),)
+
+    with pytest.raises(RuntimeError, match=r'cannot be captured as CUDA graphs .*model\.cuda_graphs=False'):
+        TrainingGraphs(network, model)(batches(1)[0])
