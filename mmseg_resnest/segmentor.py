@@ -1,6 +1,7 @@
 """The segmentation model that finishes the logits of any mmsegmentation head, in one place."""
 
 from collections.abc import Callable
+from functools import lru_cache
 
 import torch
 from mmengine.logging import print_log
@@ -16,6 +17,9 @@ from mmseg_resnest.ops import upsample_cross_entropy
 from mmseg_resnest.registry import MODELS
 from mmseg_resnest.resnest import ResNeSt
 from mmseg_resnest.training_pass import TrainingGraphs, call, compiled_call
+
+# The methods through which mmsegmentation's EncoderDecoder computes its losses, and cascades change them.
+STEPS = ('extract_feat', '_decode_head_forward_train', '_auxiliary_head_forward_train')
 
 
 @MODELS.register_module()
@@ -52,11 +56,10 @@ class EncoderDecoder(_EncoderDecoder):
         self.channels_last = channels_last
         self.compiled = compiled
         self.cuda_graphs = cuda_graphs
+        self.fused_loss = fused_loss
         self._graphs: TrainingGraphs | None = None
-        heads = self._heads().items()
-        self._reasons = {name: why_not_fused(head) if fused_loss else 'fused_loss=False' for name, head in heads}
-        self._fused = [name for name, reason in self._reasons.items() if not reason]
-        self._said = False
+        self._reasons: dict[str, str] = {}
+        self._fused: list[str] = []
 
     def __getstate__(self) -> dict:
         """Copies, as an average of the weights makes them, capture graphs of their own."""
@@ -84,8 +87,13 @@ class EncoderDecoder(_EncoderDecoder):
         return dict(decode=self.decode_head, aux=self.auxiliary_head)
 
     def loss(self, inputs: Tensor, data_samples: SampleList) -> dict[str, Tensor]:
-        """Returns the losses and accuracies of all heads for images (N, 3, H, W)."""
-        self._say_once()
+        """Returns the losses and accuracies of all heads for images (N, 3, H, W).
+
+        A subclass that changes how mmsegmentation's EncoderDecoder gets there takes its path.
+        """
+        self._choose_paths()
+        if 'model' in self._reasons:
+            return super().loss(inputs, data_samples)
         outputs = self._run_network(inputs)
         logits = dict(zip(self._fused, outputs, strict=False))
         features = outputs[len(self._fused) :]
@@ -98,14 +106,23 @@ class EncoderDecoder(_EncoderDecoder):
             losses |= add_prefix(head_losses, name)
         return losses
 
-    def _say_once(self) -> None:
-        """Logs which path the loss of each head takes."""
-        if not self._said:
-            for name, head in self._heads().items():
-                reason = self._reasons[name]
+    def _choose_paths(self) -> None:
+        """Finds out which path the loss of each head takes, and logs it where that is new."""
+        changed = [name for name in STEPS if getattr(type(self), name) is not getattr(_EncoderDecoder, name)]
+        if changed:
+            reasons = dict(model=f'{type(self).__name__} has a {changed[0]} of its own')
+        elif self.fused_loss:
+            reasons = {name: why_not_fused(head) for name, head in self._heads().items()}
+        else:
+            reasons = dict.fromkeys(self._heads(), 'fused_loss=False')
+        if reasons != self._reasons:
+            for name, reason in reasons.items():
+                part = self if changed else self._heads()[name]
                 path = f"mmsegmentation's own: {reason}" if reason else 'fused with the upsampling'
-                print_log(f'{name}: {type(head).__name__}, loss {path}', logger='current')
-        self._said = True
+                print_log(f'{name}: {type(part).__name__}, loss {path}', logger='current')
+            self._reasons = reasons
+            self._fused = [name for name, reason in reasons.items() if not reason]
+            self._graphs = None
 
     def _run_network(self, images: Tensor) -> tuple[Tensor, ...]:
         """Returns what ``_network`` does, by the fastest way that is switched on."""
@@ -203,7 +220,9 @@ def fused_loss(head: BaseDecodeHead, logits: Tensor, labels: Tensor) -> dict[str
         labels: (N, H, W).
     """
     criterion = head.loss_decode
-    weight = None if criterion.class_weight is None else torch.tensor(criterion.class_weight, device=logits.device)
+    weight = None
+    if criterion.class_weight is not None:
+        weight = _on_device(tuple(map(float, criterion.class_weight)), logits.device)
     loss, accuracy = upsample_cross_entropy(
         logits,
         labels,
@@ -214,3 +233,9 @@ def fused_loss(head: BaseDecodeHead, logits: Tensor, labels: Tensor) -> dict[str
         average='valid' if criterion.avg_non_ignore or weight is not None else 'all',
     )
     return {criterion.loss_name: criterion.loss_weight * loss, 'acc_seg': accuracy}
+
+
+@lru_cache(maxsize=16)  # a copy at each step would wait for the GPU
+@torch.inference_mode(False)
+def _on_device(values: tuple[float, ...], device: torch.device) -> Tensor:
+    return torch.tensor(values, device=device)

@@ -68,7 +68,7 @@ def option(text):
 @pytest.mark.parametrize(
     ('switch', 'default'),
     [
-        ('model.fused_loss=False', lambda model: model._fused == ['decode', 'aux']),
+        ('model.fused_loss=False', lambda model: model.fused_loss),
         ('model.channels_last=False', lambda model: model.channels_last),
         ('model.compiled=False', lambda model: model.compiled),
         ('model.cuda_graphs=False', lambda model: model.cuda_graphs),

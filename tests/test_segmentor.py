@@ -8,10 +8,12 @@ from mmengine.config import ConfigDict
 from mmengine.logging import MMLogger
 from mmengine.structures import PixelData
 from mmseg.models.backbones import ResNet
+from mmseg.models.losses import DiceLoss
+from mmseg.models.segmentors import CascadeEncoderDecoder
 from mmseg.registry import MODELS
 from mmseg.structures import SegDataSample
 
-from mmseg_resnest.segmentor import why_not_fused
+from mmseg_resnest.segmentor import STEPS, EncoderDecoder, why_not_fused
 
 CLASSES = 7
 COMMON = dict(num_classes=CLASSES, channels=16, norm_cfg=dict(type='BN'), dropout_ratio=0)
@@ -166,6 +168,63 @@ def test_switches_change_nothing_on_a_cpu(switch):
             assert torch.equal(found_gradients[name], gradient), name
 
 
+@pytest.mark.parametrize('step', STEPS)
+def test_a_subclass_that_changes_a_step_takes_the_path_of_mmsegmentation(step, caplog, monkeypatch):
+    monkeypatch.setattr(MMLogger.get_current_instance(), 'handlers', [caplog.handler])
+    calls = []
+
+    def changed(self, *args, **kwargs):
+        calls.append(step)
+        return getattr(super(Changed, self), step)(*args, **kwargs)
+
+    Changed = type('Changed', (EncoderDecoder,), {step: changed})
+    config = make_config('fcn', dict(type='CrossEntropyLoss'), AUXILIARY)
+    theirs, _ = make_pair(config)
+    config.pop('type')
+    ours = Changed(**config).train()
+    ours.load_state_dict(theirs.state_dict())
+    for module in (*theirs.modules(), *ours.modules()):
+        if isinstance(module, torch.nn.Dropout2d):
+            module.p = 0
+    (losses, _), (found, _) = run(theirs, make_batch()), run(ours, make_batch())
+    assert calls == [step]
+    assert {name: float(value) for name, value in found.items()} == {n: float(v) for n, v in losses.items()}
+    assert f"model: Changed, loss mmsegmentation's own: Changed has a {step} of its own" in caplog.text
+
+
+def test_a_cascade_takes_the_path_of_mmsegmentation():
+    """mmsegmentation's, whose second head reads the first one's logits too."""
+    head = make_config('fcn', dict(type='CrossEntropyLoss'), None)['decode_head']
+    second = dict(
+        type='OCRHead',
+        in_channels=2048,
+        in_index=3,
+        ocr_channels=8,
+        loss_decode=dict(type='CrossEntropyLoss'),
+        **COMMON,
+    )
+    backbone = dict(type='mmseg_resnest.ResNeSt', depth=14, output_stride=8, norm_cfg=dict(type='BN'))
+    Cascade = type('Cascade', (CascadeEncoderDecoder, EncoderDecoder), {})
+    model = Cascade(num_stages=2, backbone=backbone, decode_head=[head, second], test_cfg=ConfigDict(mode='whole'))
+    losses, gradients = run(model.train(), make_batch())
+    assert {'decode_0.loss_ce', 'decode_1.loss_ce'} <= losses.keys()
+    assert len(gradients) == sum(1 for _ in model.parameters())
+    with torch.no_grad():
+        (sample, _) = model.eval().predict(make_batch()[0])
+    assert sample.pred_sem_seg.shape == (64, 96)
+
+
+def test_a_loss_that_is_exchanged_is_computed(caplog, monkeypatch):
+    monkeypatch.setattr(MMLogger.get_current_instance(), 'handlers', [caplog.handler])
+    theirs, ours = make_pair(make_config('fcn', dict(type='CrossEntropyLoss'), None))
+    ours.loss(*make_batch())
+    theirs.decode_head.loss_decode, ours.decode_head.loss_decode = DiceLoss(), DiceLoss()
+    (losses, _), (found, _) = run(theirs, make_batch()), run(ours, make_batch())
+    assert found.keys() == losses.keys()
+    assert torch.equal(found['decode.loss_dice'], losses['decode.loss_dice'])
+    assert caplog.text.count('decode: FCNHead, loss') == 2
+
+
 def test_fused_loss_can_be_switched_off(caplog, monkeypatch):
     monkeypatch.setattr(MMLogger.get_current_instance(), 'handlers', [caplog.handler])
     config = make_config('fcn', dict(type='CrossEntropyLoss'), AUXILIARY)
@@ -190,6 +249,7 @@ def test_fused_heads_get_logits_and_others_features():
     config = make_config('fcn', dict(type='CrossEntropyLoss'), [dice, AUXILIARY])
     assert_same(config)
     _, ours = make_pair(config)
+    ours.loss(*make_batch())
     outputs = ours._run_network(make_batch()[0])
     assert ours._fused == ['decode', 'aux_1']
     assert [output.shape[1] for output in outputs] == [CLASSES, CLASSES, 256, 512, 1024, 2048]
