@@ -159,6 +159,16 @@ BAD = {
     '16 bits': (lambda path: save(path, RGB[..., 0].astype(np.uint16) * 99), r'other numbers than 8 bits \(mode'),
     '16 bits in colour': (lambda path: cv2.imwrite(str(path), RGB.astype(np.uint16) * 99), r'than 8 bits \(.*16B\)'),
     'alpha': (lambda path: save(path, np.dstack([RGB, RGB[..., 0]])), r'an alpha channel \(mode RGBA\); expe'),
+    'transparent colour': (lambda path: save(path, RGB, transparency=(0, 0, 0)), 'an alpha channel'),
+    'transparent grey': (lambda path: save(path, RGB[..., 0], transparency=3), 'an alpha channel'),
+    'transparent palette': (
+        lambda path: Image.fromarray(RGB).convert('P').save(path, transparency=bytes([0] * 100 + [255] * 156)),
+        r'an alpha channel \(mode P with transparency\)',
+    ),
+    'one transparent of a palette': (
+        lambda path: Image.fromarray(RGB).convert('P').save(path, transparency=0),
+        'an alpha channel',
+    ),
 }
 
 
@@ -204,6 +214,12 @@ def test_a_turned_file_is_predicted_as_it_is_shown(predictor, paths, tmp_path):
 def test_grey_files_are_fine(tmp_path):
     save(tmp_path / 'grey.png', RGB[..., 0])
     check_image(tmp_path / 'grey.png')
+
+
+def test_palettes_whose_every_colour_is_opaque_are_fine(tmp_path):
+    Image.fromarray(RGB).convert('P').save(tmp_path / 'opaque.png', transparency=bytes([255] * 256))
+    assert set(Image.open(tmp_path / 'opaque.png').info['transparency']) == {255}
+    check_image(tmp_path / 'opaque.png')
 
 
 def test_a_checkpoint_that_does_not_fit_is_refused(files, tmp_path):
