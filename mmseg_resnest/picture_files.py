@@ -20,6 +20,8 @@ from rich.progress import track
 JPEG = ('JPEG', 'MPO')  # MPO: a JPEG file with further pictures behind the first, as some cameras write them
 REMEMBERED_FROM = 1000  # fewer files are read in some 0.1 s
 _END = {'JPEG': b'\xff\xd9', 'MPO': b'\xff\xd9', 'PNG': b'IEND'}
+# Formats whose header tells Pillow more than 8 bits, or that have no more; in PPM and JPEG 2000 it reads them as 8.
+_TOLD = (*JPEG, 'PNG', 'TIFF', 'BMP', 'WEBP', 'GIF')
 _CHUNK = 128  # files that a process is given at a time: their headers take it some 10 ms
 _VERSION = 4  # of what is remembered
 # Modes of images of 8 bits without alpha; '': Pillow does not know the format, and OpenCV finds such an image in it.
@@ -63,8 +65,8 @@ class Picture(NamedTuple):
         whole: Whether its pixels were decoded.
         format: Pillow's name, as ``'PNG'``.
         mode: Pillow's name of its channels and depth, as ``'RGB'``, ``'I;16'`` or ``'RGB;16B'``; where only OpenCV
-            reads the file, empty or, for other than 8 bits or with alpha, as ``'float32 of 3 channels'``. For an image
-            with transparent colours, as ``'P with transparency'``.
+            tells, empty or, for other than 8 bits or with alpha, as ``'float32 of 3 channels'``. For an image with
+            transparent colours, as ``'P with transparency'``.
         width: Of the picture as loaded; 0 where the header does not tell.
         height: Likewise.
         channels: Of the picture as loaded; a palette's index is one, for Pillow. 0 where the header does not tell.
@@ -133,7 +135,7 @@ def _read_header(picture: Picture, file: BinaryIO, task: Task) -> Picture:
         raise ValueError(f'no picture that can be read: it begins with {file.read(16)!r}') from error
     picture = picture._replace(
         format=header.format,
-        mode=_mode(header, task),
+        mode=_mode(header, file, task),
         channels=len(header.getbands()),
         width=header.width,
         height=header.height,
@@ -143,15 +145,17 @@ def _read_header(picture: Picture, file: BinaryIO, task: Task) -> Picture:
     return _as_loaded(picture, file, task) if task.may_turn and _has_orientation(header, file, task) else picture
 
 
-def _mode(header: Image.Image, task: Task) -> str:
+def _mode(header: Image.Image, file: BinaryIO, task: Task) -> str:
     """Returns Pillow's mode of a picture, with what it leaves out."""
     raw_mode = str(header.tile[0][3]) if header.tile else ''
     wide = re.search(r'\w+;16\w*', raw_mode)  # Pillow reads RGB of 16 bits as 8
     if wide and header.mode[0] not in 'IF':
         return wide.group()
-    if not task.is_label and header.mode in _PLAIN and _is_transparent(header):
+    if task.is_label or header.mode not in _PLAIN:
+        return header.mode
+    if _is_transparent(header):
         return f'{header.mode}{_TRANSPARENT}'
-    return header.mode
+    return (header.format not in _TOLD and _opencv_mode(file)) or header.mode
 
 
 def _is_transparent(header: Image.Image) -> bool:

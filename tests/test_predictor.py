@@ -211,6 +211,18 @@ def test_a_turned_file_is_predicted_as_it_is_shown(predictor, paths, tmp_path):
     assert np.array_equal(predictor(tmp_path / 'turned.png'), predictor(shown))
 
 
+@pytest.mark.parametrize('suffix', ['.ppm', '.jp2'])
+def test_other_formats_of_16_bits_are_refused(suffix, tmp_path):
+    """Pillow says RGB of them."""
+    path = tmp_path / f'a{suffix}'
+    picture = np.random.default_rng(0).integers(0, 256, (64, 72, 3), np.uint8)
+    cv2.imwrite(str(path), picture)
+    check_image(path)
+    cv2.imwrite(str(path), picture.astype(np.uint16) * 257)
+    with pytest.raises(ValueError, match=r'other numbers than 8 bits \(mode uint16 of 3 channels\)'):
+        check_image(path)
+
+
 def test_grey_files_are_fine(tmp_path):
     save(tmp_path / 'grey.png', RGB[..., 0])
     check_image(tmp_path / 'grey.png')
