@@ -202,7 +202,16 @@ BAD = {
     ),
     'overlays inside the input': (['in', 'out', '--overlays', 'in'], 2, 'in lies in in, where the next run'),
     'image as output': (['in/0.png', 'in'], 2, 'in/0.png is an image of the input, and would be replaced; expected'),
-    'one folder for both': (['in', 'out', '--overlays', 'out'], 2, '--overlays out: the folder of the label maps;'),
+    'one folder for both': (
+        ['in', 'out', '--overlays', './out'],
+        2,
+        '--overlays out: out/0.png would be a label map and an overlay; expected another folder',
+    ),
+    'overlays among the label maps': (
+        ['alike', 'out', '--overlays', 'out/sub'],
+        2,
+        '--overlays out/sub: out/sub/0.png would be a label map and an overlay; expected another folder',
+    ),
     'video as output': (['video.avi', './video.avi'], 2, 'video.avi is the input, and would be replaced; expected'),
     'no batch': (['in', 'out', '--batch-size', '0'], 2, '--batch-size 0: expected 1 or more'),
     'other classes': (
@@ -220,6 +229,9 @@ BAD = {
 def test_bad_input(case, folder):
     (folder / 'none').mkdir(exist_ok=True)
     (folder / 'none.mp4').write_bytes(b'nothing')
+    for name in ('0.png', 'sub/0.png'):
+        (folder / 'alike' / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(folder / 'in' / '0.png', folder / 'alike' / name)
     args, code, message = BAD[case]
     done = predict(folder, *args)
     assert done.returncode == code

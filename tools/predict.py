@@ -102,6 +102,23 @@ def outputs_of(images: Sequence[Path], source: str, folder: Path) -> list[Path]:
     return outputs
 
 
+def plan(args: argparse.Namespace) -> tuple[dict[Path, Path], dict[Path, Path]]:
+    """Returns where the label map of each image goes, and where its overlay, if they are wanted.
+
+    Raises:
+        UsageError: There is no image, or a file would be lost.
+    """
+    images = images_of(args.input)
+    label_maps = outputs_of(images, args.input, args.output)
+    overlays = outputs_of(images, args.input, args.overlays) if args.overlays else []
+    taken = {path.resolve() for path in label_maps}
+    if both := [path for path in overlays if path.resolve() in taken]:
+        raise cli.UsageError(
+            f'--overlays {args.overlays}: {both[0]} would be a label map and an overlay; expected another folder'
+        )
+    return dict(zip(images, label_maps, strict=True)), dict(zip(images, overlays, strict=bool(overlays)))
+
+
 def ahead(work: Callable, items: Iterable, pool: ThreadPoolExecutor, count: int) -> Iterator[tuple[object, Future]]:
     """Yields items and the futures of their work, of which ``count`` are begun before they are asked for."""
     items = iter(items)
@@ -150,12 +167,11 @@ def write_picture(path: Path, picture: ndarray) -> None:
     path.write_bytes(data)
 
 
-def predict_images(predictor: Predictor, args: argparse.Namespace) -> list[str]:
+def predict_images(
+    predictor: Predictor, label_maps: dict[Path, Path], overlays: dict[Path, Path], numbers: str
+) -> list[str]:
     """Predicts images, decoding, computing and encoding at the same time; returns what was bad."""
-    images = images_of(args.input)
-    label_maps = dict(zip(images, outputs_of(images, args.input, args.output), strict=True))
-    overlays = dict(zip(images, outputs_of(images, args.input, args.overlays), strict=True)) if args.overlays else {}
-    table = label_table(args.labels, predictor.classes)
+    table = label_table(numbers, predictor.classes)
     bad: list[str] = []
 
     def write(path: Path, labels: ndarray) -> None:
@@ -167,7 +183,7 @@ def predict_images(predictor: Predictor, args: argparse.Namespace) -> list[str]:
     threads = max(os.cpu_count() or 1, 2)
     size = AHEAD * predictor.batch_size
     with ThreadPoolExecutor(threads) as readers, ThreadPoolExecutor(threads) as writers:
-        prepared = _good(ahead(predictor.prepare, progress(images), readers, 2 * size), bad)
+        prepared = _good(ahead(predictor.prepare, progress(label_maps), readers, 2 * size), bad)
         writing: list[Future] = []
         while group := list(islice(prepared, size)):
             for done in writing:
@@ -253,14 +269,11 @@ def predict(args: argparse.Namespace) -> None:
         if args.output.resolve() == Path(args.input).resolve():
             raise cli.UsageError(f'{args.output} is the input, and would be replaced; expected another file')
     else:
-        for folder in filter(None, (args.output, args.overlays)):
-            outputs_of(images_of(args.input), args.input, folder)
-        if args.overlays and args.overlays.resolve() == args.output.resolve():
-            raise cli.UsageError(f'--overlays {args.overlays}: the folder of the label maps; expected another')
+        label_maps, overlays = plan(args)
     device = torch.device(args.device or ('cuda' if torch.cuda.is_available() else 'cpu'))
     speed = Speed(dtype=args.dtype or default_speed(device).dtype, compile=args.compile)
     predictor = Predictor(cfg, args.checkpoint, device, speed, args.batch_size)
-    bad = (predict_video if is_video else predict_images)(predictor, args)
+    bad = predict_video(predictor, args) if is_video else predict_images(predictor, label_maps, overlays, args.labels)
     for line in bad:
         print(f'predict.py: skipped: {line}', file=sys.stderr)
     if bad:
