@@ -213,6 +213,12 @@ BAD = {
         '--overlays out/sub: out/sub/0.png would be a label map and an overlay; expected another folder',
     ),
     'video as output': (['video.avi', './video.avi'], 2, 'video.avi is the input, and would be replaced; expected'),
+    'overlays of a video': (
+        ['video.avi', 'out.avi', '--overlays', 'seen'],
+        2,
+        '--overlays: a video becomes one with the colours over it, no label maps; leave it out',
+    ),
+    'labelIds of a video': (['video.avi', 'out.avi', '--labels', 'cityscapes'], 2, '--labels: a video becomes'),
     'no batch': (['in', 'out', '--batch-size', '0'], 2, '--batch-size 0: expected 1 or more'),
     'other classes': (
         ['in', 'out', '--labels', 'cityscapes'],

@@ -204,6 +204,16 @@ def _good(items: Iterable[tuple[Path, Future]], bad: list[str]) -> Iterator[tupl
             bad.append(str(error))
 
 
+def check_video(args: argparse.Namespace) -> None:
+    """Raises a UsageError if the command line of a video cannot be carried out."""
+    cli.existing_file(args.input, 'video', 'give the path of one')
+    if args.output.resolve() == Path(args.input).resolve():
+        raise cli.UsageError(f'{args.output} is the input, and would be replaced; expected another file')
+    if args.overlays or args.labels != 'ids':
+        option = '--overlays' if args.overlays else '--labels'
+        raise cli.UsageError(f'{option}: a video becomes one with the colours over it, no label maps; leave it out')
+
+
 def predict_video(predictor: Predictor, args: argparse.Namespace) -> list[str]:
     """Writes a video with the classes' colours over it; decoding, computing and encoding overlap."""
     capture = cv2.VideoCapture(args.input)
@@ -265,9 +275,7 @@ def predict(args: argparse.Namespace) -> None:
         raise cli.UsageError(f'--batch-size {args.batch_size}: expected 1 or more')
     is_video = Path(args.input).suffix.lower() in VIDEOS
     if is_video:
-        cli.existing_file(args.input, 'video', 'give the path of one')
-        if args.output.resolve() == Path(args.input).resolve():
-            raise cli.UsageError(f'{args.output} is the input, and would be replaced; expected another file')
+        check_video(args)
     else:
         label_maps, overlays = plan(args)
     device = torch.device(args.device or ('cuda' if torch.cuda.is_available() else 'cpu'))
