@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import struct
 
 import cv2
 import numpy as np
@@ -27,12 +28,19 @@ def folder(tmp_path_factory):
         coarse = random.integers(0, 256, (4, 5, 3), np.uint8)
         path = root / 'in' / ('sub' if i == 3 else '') / f'{i}.png'
         cv2.imwrite(str(path), cv2.resize(coarse, (width, height)))
-    writer = cv2.VideoWriter(str(root / 'video.avi'), cv2.VideoWriter.fourcc(*'MJPG'), 10, (64, 48))
+    write_video(root / 'video.avi', 'MJPG')
+    return root
+
+
+def write_video(path, codec):
+    """Writes 11 frames."""
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*codec), 10, (64, 48))
     assert writer.isOpened()
+    random = np.random.default_rng(0)
     for _ in range(11):
         writer.write(cv2.resize(random.integers(0, 256, (4, 5, 3), np.uint8), (64, 48)))
     writer.release()
-    return root
+    return path
 
 
 @pytest.fixture(scope='module')
@@ -150,6 +158,27 @@ def test_a_video(folder, predictor, tmp_path):
     for frame, picture in zip(frames, found, strict=True):
         expected = frame / 2 + predictor.palette[predictor(frame)][..., ::-1] / 2
         assert np.abs(picture - expected).mean() < 6  # MJPG changes pixels
+
+
+def test_a_video_that_lasts_longer_than_its_frames(folder, tmp_path):
+    """As beside a longer track of sound: OpenCV takes the number of frames from the duration."""
+    path = write_video(tmp_path / 'long.mkv', 'mp4v')
+    head, data = path.read_bytes().split(b'\x44\x89\x88')  # Matroska's duration, a double
+    path.write_bytes(head + b'\x44\x89\x88' + struct.pack('>d', 5000) + data[8:])
+    assert cv2.VideoCapture(str(path)).get(cv2.CAP_PROP_FRAME_COUNT) == 50
+    done = predict(folder, path, tmp_path / 'out.avi')
+    assert done.returncode == 0, done.stderr
+    assert len(read_video(tmp_path / 'out.avi')) == 11
+
+
+def test_a_video_that_is_cut_off(folder, tmp_path):
+    path = write_video(tmp_path / 'cut.avi', 'MJPG')
+    path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3])
+    done = predict(folder, path, tmp_path / 'out.avi')
+    assert done.returncode == 1
+    count = len(read_video(tmp_path / 'out.avi'))
+    assert 0 < count < 11
+    assert f'skipped: {path}: {count} of 11 frames could be decoded; the video ends there' in done.stderr
 
 
 def read_video(path):

@@ -32,6 +32,7 @@ from mmseg_resnest.network import DTYPES, Speed, default_speed
 from mmseg_resnest.predictor import AHEAD, Predictor
 
 VIDEOS = ('.mp4', '.avi', '.mov', '.mkv', '.webm', '.m4v')
+COUNTED = ('.mp4', '.avi', '.mov', '.m4v')  # store their number of frames; OpenCV takes others' from the duration
 CODECS = {'.avi': 'MJPG'}  # others are mp4v
 OPACITY = 0.5
 
@@ -217,7 +218,8 @@ def check_video(args: argparse.Namespace) -> None:
 def predict_video(predictor: Predictor, args: argparse.Namespace) -> list[str]:
     """Writes a video with the classes' colours over it; decoding, computing and encoding overlap."""
     capture = cv2.VideoCapture(args.input)
-    frames = int(capture.get(cv2.CAP_PROP_FRAME_COUNT))
+    is_counted = Path(args.input).suffix.lower() in COUNTED
+    frames = int(capture.get(cv2.CAP_PROP_FRAME_COUNT)) if is_counted else 0
     first = capture.read()[1]
     if first is None:
         return [f'{args.input}: no frame can be decoded; expected a video']
