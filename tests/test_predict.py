@@ -1,6 +1,7 @@
 """tools/predict.py on files, folders, globs and a video; and what it says of bad ones."""
 
 import os
+import runpy
 import shutil
 import struct
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from test_predictor import tiny_config, write_checkpoint
-from tiny import run_tool
+from tiny import ROOT, run_tool
 
 from mmseg_resnest.predictor import Predictor
 
@@ -179,6 +180,22 @@ def test_a_video_that_is_cut_off(folder, tmp_path):
     count = len(read_video(tmp_path / 'out.avi'))
     assert 0 < count < 11
     assert f'skipped: {path}: {count} of 11 frames could be decoded; the video ends there' in done.stderr
+
+
+def test_a_video_that_cannot_be_written_to_a_full_disk(folder, tmp_path):
+    (tmp_path / 'full.avi').symlink_to('/dev/full')
+    done = predict(folder, 'video.avi', tmp_path / 'full.avi')
+    assert done.returncode == 1
+    assert f'{tmp_path}/full.avi: 0 of 11 frames were written; make room on its disk' in done.stderr
+
+
+@pytest.mark.parametrize(('name', 'codec'), [('a.avi', 'MJPG'), ('a.mp4', 'mp4v'), ('a.mkv', 'mp4v')])
+def test_frames_of_a_video_are_counted_as_they_are_read(name, codec, tmp_path):
+    path = write_video(tmp_path / name, codec)
+    frames_in = runpy.run_path(ROOT / 'tools' / 'predict.py')['frames_in']
+    assert frames_in(path) == len(read_video(path)) == 11
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    assert frames_in(path) == len(read_video(path)) < 11
 
 
 def read_video(path):

@@ -251,10 +251,21 @@ def predict_video(predictor: Predictor, args: argparse.Namespace) -> list[str]:
             written = encoder.submit(write, [(frame, part) for (frame, _), part in zip(group, labels, strict=True)])
             count += len(group)
         written.result()
-    writer.release()
+    writer.release()  # which, as the writer, keeps quiet about errors
+    if (found := frames_in(args.output)) != count:
+        raise OSError(f'{args.output}: {found} of {count} frames were written; make room on its disk, and try again')
     if count < frames:
         return [f'{args.input}: {count} of {frames} frames could be decoded; the video ends there']
     return []
+
+
+def frames_in(path: Path) -> int:
+    """Returns the number of frames of a video, which are read and not decoded; 0 if it is no file."""
+    if not path.is_file():
+        return 0
+    capture = cv2.VideoCapture(str(path))
+    capture.set(cv2.CAP_PROP_FORMAT, -1)  # as stored
+    return sum(1 for _ in iter(capture.grab, False))
 
 
 def _endless() -> Iterator[int]:
