@@ -118,6 +118,25 @@ def test_an_iterator_stays_one(predictor, paths, truth):
     assert_same(list(results), (truth * 5)[1:])
 
 
+def test_what_comes_before_a_bad_image_comes_first(predictor, paths, truth, tmp_path):
+    (tmp_path / 'bad.png').write_text('hello')
+    found = []
+    with pytest.raises(ValueError, match=r'bad\.png: no picture'):
+        found.extend(predictor(iter([*(paths * 2), tmp_path / 'bad.png', *paths])))
+    assert_same(found, truth * 2)
+
+
+def test_what_comes_before_an_iterators_error_comes_first(predictor, paths, truth):
+    def stream():
+        yield from paths[:3]
+        raise KeyError('camera')
+
+    results = predictor(stream())
+    assert_same([next(results) for _ in range(3)], truth[:3])
+    with pytest.raises(KeyError, match='camera'):
+        next(results)
+
+
 def test_fast_network_gives_the_same(files, paths, truth):
     assert_same(Predictor(tiny_config(), files / 'model.pth', 'cpu', batch_size=2)(paths), truth)
 
