@@ -291,6 +291,19 @@ def test_bad_input(case, folder):
     assert 'Traceback' not in done.stderr
 
 
+def test_what_lies_beside_an_image_is_not_replaced(folder, tmp_path):
+    Image.open(folder / 'in' / '0.png').save(tmp_path / 'a.jpg')
+    (tmp_path / 'a.png').write_text('ground truth')
+    (tmp_path / 'link').symlink_to(tmp_path)
+    for source, output in (('a.jpg', '.'), ('*.jpg', 'link')):
+        done = predict(folder, tmp_path / source, tmp_path / output)
+        assert done.returncode == 2
+        assert f'{tmp_path / output / "a.png"} lies beside its image, may be its ground truth and would' in done.stderr
+    assert (tmp_path / 'a.png').read_text() == 'ground truth'
+    (tmp_path / 'a.png').unlink()
+    assert predict(folder, tmp_path / 'a.jpg', tmp_path).returncode == 0
+
+
 def test_two_images_with_one_name_are_refused(folder, tmp_path):
     (tmp_path / 'in').mkdir()
     for name in ('a.png', 'a.jpg'):

@@ -82,7 +82,8 @@ def outputs_of(images: Sequence[Path], source: str, folder: Path) -> list[Path]:
     """Returns where each label map, or overlay, goes: under ``folder`` as the image lies under the input.
 
     Raises:
-        UsageError: Two images would have one, it would replace an image, or the next run would take it for an image.
+        UsageError: Two images would have one, it would replace an image or what lies beside its image, or the next run
+            would take it for an image.
     """
     if folder.is_file():
         raise cli.UsageError(f'{folder}: a file; expected a folder')
@@ -100,6 +101,11 @@ def outputs_of(images: Sequence[Path], source: str, folder: Path) -> list[Path]:
     sources = {image.resolve() for image in images}
     if replaced := [output for output in outputs if output.resolve() in sources]:
         raise cli.UsageError(f'{replaced[0]} is an image of the input, and would be replaced; expected another folder')
+    pairs = zip(images, outputs, strict=True)
+    if beside := [new for old, new in pairs if new.exists() and new.parent.resolve() == old.parent.resolve()]:
+        raise cli.UsageError(
+            f'{beside[0]} lies beside its image, may be its ground truth and would be replaced; expected another folder'
+        )
     return outputs
 
 
