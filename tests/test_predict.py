@@ -266,6 +266,15 @@ BAD = {
     ),
     'labelIds of a video': (['video.avi', 'out.avi', '--labels', 'cityscapes'], 2, '--labels: a video becomes'),
     'no batch': (['in', 'out', '--batch-size', '0'], 2, '--batch-size 0: expected 1 or more'),
+    'no device': (['in', 'out', '--device', 'foo'], 2, '--device foo: no device of this machine; expected cpu, cuda'),
+    'no such GPU': (['in', 'out', '--device', 'cuda:7'], 2, 'cuda:7: no device of this machine; expected cpu, cuda'),
+    'folder that cannot be made': (['in', '/proc/nope'], 2, '/proc/nope: the folder cannot be written ('),
+    'folder of overlays that cannot be made': (
+        ['in', 'out', '--overlays', 'model.pth/seen'],
+        2,
+        'model.pth/seen: the folder cannot be written (Not a directory); expected another',
+    ),
+    'folder of a video that cannot be made': (['video.avi', '/proc/nope/out.avi'], 2, '/proc/nope: the folder cannot'),
     'other classes': (
         ['in', 'out', '--labels', 'cityscapes'],
         2,

@@ -55,6 +55,27 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def device_of(name: str | None) -> torch.device:
+    """Returns the device that a command line names; None: a GPU if there is one. A UsageError if it is not there."""
+    name = name or ('cuda' if torch.cuda.is_available() else 'cpu')
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        gpus = torch.cuda.device_count()
+        raise cli.UsageError(
+            f'--device {name}: no device of this machine; expected cpu, cuda or cuda:N, of {gpus} GPUs'
+        ) from error
+    return torch.device(name)
+
+
+def make_folder(folder: Path) -> None:
+    """Makes a folder for output, or raises a UsageError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise cli.UsageError(f'{folder}: the folder cannot be written ({error.strerror}); expected another') from error
+
+
 def images_of(source: str) -> list[Path]:
     """Returns the images that a path, a folder or a glob names, sorted.
 
@@ -230,7 +251,6 @@ def predict_video(predictor: Predictor, args: argparse.Namespace) -> list[str]:
     if first is None:
         return [f'{args.input}: no frame can be decoded; expected a video']
     height, width = first.shape[:2]
-    args.output.parent.mkdir(parents=True, exist_ok=True)
     codec = cv2.VideoWriter.fourcc(*CODECS.get(args.output.suffix.lower(), 'mp4v'))
     writer = cv2.VideoWriter(str(args.output), codec, capture.get(cv2.CAP_PROP_FPS) or 25, (width, height))
     if not writer.isOpened():
@@ -297,7 +317,9 @@ def predict(args: argparse.Namespace) -> None:
         check_video(args)
     else:
         label_maps, overlays = plan(args)
-    device = torch.device(args.device or ('cuda' if torch.cuda.is_available() else 'cpu'))
+    device = device_of(args.device)
+    for folder in (args.output.parent,) if is_video else filter(None, (args.output, args.overlays)):
+        make_folder(folder)
     speed = Speed(dtype=args.dtype or default_speed(device).dtype, compile=args.compile)
     predictor = Predictor(cfg, args.checkpoint, device, speed, args.batch_size)
     bad = predict_video(predictor, args) if is_video else predict_images(predictor, label_maps, overlays, args.labels)
