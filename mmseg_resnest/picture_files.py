@@ -20,10 +20,14 @@ from rich.progress import track
 JPEG = ('JPEG', 'MPO')  # MPO: a JPEG file with further pictures behind the first, as some cameras write them
 REMEMBERED_FROM = 1000  # fewer files are read in some 0.1 s
 _END = {'JPEG': b'\xff\xd9', 'MPO': b'\xff\xd9', 'PNG': b'IEND'}
+# Formats whose header tells Pillow more than 8 bits, or that have no more; in PPM and JPEG 2000 it reads them as 8.
+_TOLD = (*JPEG, 'PNG', 'TIFF', 'BMP', 'WEBP', 'GIF')
 _CHUNK = 128  # files that a process is given at a time: their headers take it some 10 ms
-_VERSION = 3  # of what is remembered
+_VERSION = 4  # of what is remembered
 # Modes of images of 8 bits without alpha; '': Pillow does not know the format, and OpenCV finds such an image in it.
 _PLAIN = ('RGB', 'L', 'P', '1', 'CMYK', 'YCbCr', '')
+_ALPHA = ('RGBA', 'LA', 'PA', 'RGBa', 'La', 'uint8 of 4 channels')
+_TRANSPARENT = ' with transparency'  # behind the mode of an image of which some colour is
 # What libjpeg remarks upon and decodes all the same, since nothing of it bears on the pixels of a photograph.
 _HARMLESS = ('Invalid SOS parameters', 'Warning: unknown JFIF revision', 'Unknown Adobe color transform')
 # The entry of EXIF data, of either byte order, that holds an orientation other than 1.
@@ -61,7 +65,8 @@ class Picture(NamedTuple):
         whole: Whether its pixels were decoded.
         format: Pillow's name, as ``'PNG'``.
         mode: Pillow's name of its channels and depth, as ``'RGB'``, ``'I;16'`` or ``'RGB;16B'``; where only OpenCV
-            reads the file, empty or, for other than 8 bits or with alpha, as ``'float32 of 3 channels'``.
+            tells, empty or, for other than 8 bits or with alpha, as ``'float32 of 3 channels'``. For an image with
+            transparent colours, as ``'P with transparency'``.
         width: Of the picture as loaded; 0 where the header does not tell.
         height: Likewise.
         channels: Of the picture as loaded; a palette's index is one, for Pillow. 0 where the header does not tell.
@@ -128,11 +133,9 @@ def _read_header(picture: Picture, file: BinaryIO, task: Task) -> Picture:
             raise
         file.seek(0)
         raise ValueError(f'no picture that can be read: it begins with {file.read(16)!r}') from error
-    raw_mode = str(header.tile[0][3]) if header.tile else ''
-    wide = re.search(r'\w+;16\w*', raw_mode)  # Pillow reads RGB of 16 bits as 8
     picture = picture._replace(
         format=header.format,
-        mode=wide.group() if wide and header.mode[0] not in 'IF' else header.mode,
+        mode=_mode(header, file, task),
         channels=len(header.getbands()),
         width=header.width,
         height=header.height,
@@ -140,6 +143,25 @@ def _read_header(picture: Picture, file: BinaryIO, task: Task) -> Picture:
     if header.format == 'TIFF':  # which every decoder turns, whatever it is asked: Pillow's size is that of afterwards
         return picture._replace(orientation=_orientation(header.getexif()))
     return _as_loaded(picture, file, task) if task.may_turn and _has_orientation(header, file, task) else picture
+
+
+def _mode(header: Image.Image, file: BinaryIO, task: Task) -> str:
+    """Returns Pillow's mode of a picture, with what it leaves out."""
+    raw_mode = str(header.tile[0][3]) if header.tile else ''
+    wide = re.search(r'\w+;16\w*', raw_mode)  # Pillow reads RGB of 16 bits as 8
+    if wide and header.mode[0] not in 'IF':
+        return wide.group()
+    if task.is_label or header.mode not in _PLAIN:
+        return header.mode
+    if _is_transparent(header):
+        return f'{header.mode}{_TRANSPARENT}'
+    return (header.format not in _TOLD and _opencv_mode(file)) or header.mode
+
+
+def _is_transparent(header: Image.Image) -> bool:
+    """Whether some colour is: one that is named, or a palette's, of which Pillow gives each one's opacity."""
+    found = header.info.get('transparency')
+    return bool(found.strip(b'\xff')) if isinstance(found, bytes) else found is not None
 
 
 def _opencv_mode(file: BinaryIO) -> str | None:
@@ -156,7 +178,7 @@ def loss_when_loaded(picture: Picture) -> str:
     """Returns what an image has that loading it as 8 bits in colour silently drops; empty if nothing."""
     if picture.mode in _PLAIN:
         return ''
-    has_alpha = picture.mode in ('RGBA', 'LA', 'PA', 'RGBa', 'La', 'uint8 of 4 channels')
+    has_alpha = picture.mode in _ALPHA or picture.mode.endswith(_TRANSPARENT)
     return f'{"an alpha channel" if has_alpha else "other numbers than 8 bits"} (mode {picture.mode})'
 
 

@@ -78,6 +78,9 @@ class Predictor:
     def __call__(self, images: Image | Iterable[Image]) -> ndarray | list[ndarray] | Iterator[ndarray]:
         """Returns the label map (H, W) of an image, those of a list, or an iterator over those of an iterator.
 
+        An iterator is read ``AHEAD * batch_size`` images at a time, and those of one size run together. Where one is
+        bad, the label maps of all before it come first, and then the error.
+
         Raises:
             ValueError: An image is not one of 8 bits, does not decode, or has another shape; the message names it.
         """
@@ -88,9 +91,18 @@ class Predictor:
         return list(self._stream(images))
 
     def _stream(self, images: Iterable[Image]) -> Iterator[ndarray]:
-        images = iter(images)
-        while group := list(islice(images, AHEAD * self.batch_size)):
-            yield from self.predict([self.prepare(image) for image in group])
+        stream, error = map(self.prepare, images), None
+        while error is None:
+            group = []
+            try:
+                for item in islice(stream, AHEAD * self.batch_size):
+                    group.append(item)
+            except Exception as found:  # an image's, or the iterator's own
+                error = found
+            if not group and error is None:
+                return
+            yield from self.predict(group)
+        raise error
 
     def prepare(self, image: Image) -> dict:
         """Loads and transforms an image, in any thread.

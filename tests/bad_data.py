@@ -148,6 +148,10 @@ LOSSES = {
         lambda image, label: convert(image, lambda pixels: cv2.cvtColor(pixels, cv2.COLOR_BGR2BGRA)),
         '{image}: an alpha channel (mode RGBA); ' + LOSS,
     ),
+    'image with a transparent colour': Row(
+        lambda image, label: Image.open(image).save(image, format='PNG', transparency=(0, 0, 0)),
+        '{image}: an alpha channel (mode RGB with transparency); ' + LOSS,
+    ),
 }
 
 

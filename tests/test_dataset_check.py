@@ -263,6 +263,8 @@ def test_palette_and_harmless_16_bit_label_maps(root):
     palette = Image.open(labels / '1.png').convert('P')
     palette.putdata(np.asarray(Image.open(labels / '1.png')).ravel())
     palette.save(labels / '1.png')
+    palette.save(labels / '3.png', transparency=0)  # pixels are its numbers all the same
+    assert Image.open(labels / '3.png').info['transparency'] == 0
     paint(labels / '2.png', lambda label: label.astype(np.uint16))
     assert findings(config(root), whole=True) == []
 

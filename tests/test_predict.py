@@ -1,14 +1,16 @@
 """tools/predict.py on files, folders, globs and a video; and what it says of bad ones."""
 
 import os
+import runpy
 import shutil
+import struct
 
 import cv2
 import numpy as np
 import pytest
 from PIL import Image
 from test_predictor import tiny_config, write_checkpoint
-from tiny import run_tool
+from tiny import ROOT, run_tool
 
 from mmseg_resnest.predictor import Predictor
 
@@ -27,12 +29,19 @@ def folder(tmp_path_factory):
         coarse = random.integers(0, 256, (4, 5, 3), np.uint8)
         path = root / 'in' / ('sub' if i == 3 else '') / f'{i}.png'
         cv2.imwrite(str(path), cv2.resize(coarse, (width, height)))
-    writer = cv2.VideoWriter(str(root / 'video.avi'), cv2.VideoWriter.fourcc(*'MJPG'), 10, (64, 48))
+    write_video(root / 'video.avi', 'MJPG')
+    return root
+
+
+def write_video(path, codec):
+    """Writes 11 frames."""
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*codec), 10, (64, 48))
     assert writer.isOpened()
+    random = np.random.default_rng(0)
     for _ in range(11):
         writer.write(cv2.resize(random.integers(0, 256, (4, 5, 3), np.uint8), (64, 48)))
     writer.release()
-    return root
+    return path
 
 
 @pytest.fixture(scope='module')
@@ -152,6 +161,43 @@ def test_a_video(folder, predictor, tmp_path):
         assert np.abs(picture - expected).mean() < 6  # MJPG changes pixels
 
 
+def test_a_video_that_lasts_longer_than_its_frames(folder, tmp_path):
+    """As beside a longer track of sound: OpenCV takes the number of frames from the duration."""
+    path = write_video(tmp_path / 'long.mkv', 'mp4v')
+    head, data = path.read_bytes().split(b'\x44\x89\x88')  # Matroska's duration, a double
+    path.write_bytes(head + b'\x44\x89\x88' + struct.pack('>d', 5000) + data[8:])
+    assert cv2.VideoCapture(str(path)).get(cv2.CAP_PROP_FRAME_COUNT) == 50
+    done = predict(folder, path, tmp_path / 'out.avi')
+    assert done.returncode == 0, done.stderr
+    assert len(read_video(tmp_path / 'out.avi')) == 11
+
+
+def test_a_video_that_is_cut_off(folder, tmp_path):
+    path = write_video(tmp_path / 'cut.avi', 'MJPG')
+    path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3])
+    done = predict(folder, path, tmp_path / 'out.avi')
+    assert done.returncode == 1
+    count = len(read_video(tmp_path / 'out.avi'))
+    assert 0 < count < 11
+    assert f'skipped: {path}: {count} of 11 frames could be decoded; the video ends there' in done.stderr
+
+
+def test_a_video_that_cannot_be_written_to_a_full_disk(folder, tmp_path):
+    (tmp_path / 'full.avi').symlink_to('/dev/full')
+    done = predict(folder, 'video.avi', tmp_path / 'full.avi')
+    assert done.returncode == 1
+    assert f'{tmp_path}/full.avi: 0 of 11 frames were written; make room on its disk' in done.stderr
+
+
+@pytest.mark.parametrize(('name', 'codec'), [('a.avi', 'MJPG'), ('a.mp4', 'mp4v'), ('a.mkv', 'mp4v')])
+def test_frames_of_a_video_are_counted_as_they_are_read(name, codec, tmp_path):
+    path = write_video(tmp_path / name, codec)
+    frames_in = runpy.run_path(ROOT / 'tools' / 'predict.py')['frames_in']
+    assert frames_in(path) == len(read_video(path)) == 11
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    assert frames_in(path) == len(read_video(path)) < 11
+
+
 def read_video(path):
     capture = cv2.VideoCapture(str(path))
     frames = []
@@ -202,9 +248,33 @@ BAD = {
     ),
     'overlays inside the input': (['in', 'out', '--overlays', 'in'], 2, 'in lies in in, where the next run'),
     'image as output': (['in/0.png', 'in'], 2, 'in/0.png is an image of the input, and would be replaced; expected'),
-    'one folder for both': (['in', 'out', '--overlays', 'out'], 2, '--overlays out: the folder of the label maps;'),
+    'one folder for both': (
+        ['in', 'out', '--overlays', './out'],
+        2,
+        '--overlays out: out/0.png would be a label map and an overlay; expected another folder',
+    ),
+    'overlays among the label maps': (
+        ['alike', 'out', '--overlays', 'out/sub'],
+        2,
+        '--overlays out/sub: out/sub/0.png would be a label map and an overlay; expected another folder',
+    ),
     'video as output': (['video.avi', './video.avi'], 2, 'video.avi is the input, and would be replaced; expected'),
+    'overlays of a video': (
+        ['video.avi', 'out.avi', '--overlays', 'seen'],
+        2,
+        '--overlays: a video becomes one with the colours over it, no label maps; leave it out',
+    ),
+    'labelIds of a video': (['video.avi', 'out.avi', '--labels', 'cityscapes'], 2, '--labels: a video becomes'),
     'no batch': (['in', 'out', '--batch-size', '0'], 2, '--batch-size 0: expected 1 or more'),
+    'no device': (['in', 'out', '--device', 'foo'], 2, '--device foo: no device of this machine; expected cpu, cuda'),
+    'no such GPU': (['in', 'out', '--device', 'cuda:7'], 2, 'cuda:7: no device of this machine; expected cpu, cuda'),
+    'folder that cannot be made': (['in', '/proc/nope'], 2, '/proc/nope: the folder cannot be written ('),
+    'folder of overlays that cannot be made': (
+        ['in', 'out', '--overlays', 'model.pth/seen'],
+        2,
+        'model.pth/seen: the folder cannot be written (Not a directory); expected another',
+    ),
+    'folder of a video that cannot be made': (['video.avi', '/proc/nope/out.avi'], 2, '/proc/nope: the folder cannot'),
     'other classes': (
         ['in', 'out', '--labels', 'cityscapes'],
         2,
@@ -220,11 +290,27 @@ BAD = {
 def test_bad_input(case, folder):
     (folder / 'none').mkdir(exist_ok=True)
     (folder / 'none.mp4').write_bytes(b'nothing')
+    for name in ('0.png', 'sub/0.png'):
+        (folder / 'alike' / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(folder / 'in' / '0.png', folder / 'alike' / name)
     args, code, message = BAD[case]
     done = predict(folder, *args)
     assert done.returncode == code
     assert message in done.stderr
     assert 'Traceback' not in done.stderr
+
+
+def test_what_lies_beside_an_image_is_not_replaced(folder, tmp_path):
+    Image.open(folder / 'in' / '0.png').save(tmp_path / 'a.jpg')
+    (tmp_path / 'a.png').write_text('ground truth')
+    (tmp_path / 'link').symlink_to(tmp_path)
+    for source, output in (('a.jpg', '.'), ('*.jpg', 'link')):
+        done = predict(folder, tmp_path / source, tmp_path / output)
+        assert done.returncode == 2
+        assert f'{tmp_path / output / "a.png"} lies beside its image, may be its ground truth and would' in done.stderr
+    assert (tmp_path / 'a.png').read_text() == 'ground truth'
+    (tmp_path / 'a.png').unlink()
+    assert predict(folder, tmp_path / 'a.jpg', tmp_path).returncode == 0
 
 
 def test_two_images_with_one_name_are_refused(folder, tmp_path):

@@ -118,6 +118,25 @@ def test_an_iterator_stays_one(predictor, paths, truth):
     assert_same(list(results), (truth * 5)[1:])
 
 
+def test_what_comes_before_a_bad_image_comes_first(predictor, paths, truth, tmp_path):
+    (tmp_path / 'bad.png').write_text('hello')
+    found = []
+    with pytest.raises(ValueError, match=r'bad\.png: no picture'):
+        found.extend(predictor(iter([*(paths * 2), tmp_path / 'bad.png', *paths])))
+    assert_same(found, truth * 2)
+
+
+def test_what_comes_before_an_iterators_error_comes_first(predictor, paths, truth):
+    def stream():
+        yield from paths[:3]
+        raise KeyError('camera')
+
+    results = predictor(stream())
+    assert_same([next(results) for _ in range(3)], truth[:3])
+    with pytest.raises(KeyError, match='camera'):
+        next(results)
+
+
 def test_fast_network_gives_the_same(files, paths, truth):
     assert_same(Predictor(tiny_config(), files / 'model.pth', 'cpu', batch_size=2)(paths), truth)
 
@@ -159,6 +178,16 @@ BAD = {
     '16 bits': (lambda path: save(path, RGB[..., 0].astype(np.uint16) * 99), r'other numbers than 8 bits \(mode'),
     '16 bits in colour': (lambda path: cv2.imwrite(str(path), RGB.astype(np.uint16) * 99), r'than 8 bits \(.*16B\)'),
     'alpha': (lambda path: save(path, np.dstack([RGB, RGB[..., 0]])), r'an alpha channel \(mode RGBA\); expe'),
+    'transparent colour': (lambda path: save(path, RGB, transparency=(0, 0, 0)), 'an alpha channel'),
+    'transparent grey': (lambda path: save(path, RGB[..., 0], transparency=3), 'an alpha channel'),
+    'transparent palette': (
+        lambda path: Image.fromarray(RGB).convert('P').save(path, transparency=bytes([0] * 100 + [255] * 156)),
+        r'an alpha channel \(mode P with transparency\)',
+    ),
+    'one transparent of a palette': (
+        lambda path: Image.fromarray(RGB).convert('P').save(path, transparency=0),
+        'an alpha channel',
+    ),
 }
 
 
@@ -201,9 +230,27 @@ def test_a_turned_file_is_predicted_as_it_is_shown(predictor, paths, tmp_path):
     assert np.array_equal(predictor(tmp_path / 'turned.png'), predictor(shown))
 
 
+@pytest.mark.parametrize('suffix', ['.ppm', '.jp2'])
+def test_other_formats_of_16_bits_are_refused(suffix, tmp_path):
+    """Pillow says RGB of them."""
+    path = tmp_path / f'a{suffix}'
+    picture = np.random.default_rng(0).integers(0, 256, (64, 72, 3), np.uint8)
+    cv2.imwrite(str(path), picture)
+    check_image(path)
+    cv2.imwrite(str(path), picture.astype(np.uint16) * 257)
+    with pytest.raises(ValueError, match=r'other numbers than 8 bits \(mode uint16 of 3 channels\)'):
+        check_image(path)
+
+
 def test_grey_files_are_fine(tmp_path):
     save(tmp_path / 'grey.png', RGB[..., 0])
     check_image(tmp_path / 'grey.png')
+
+
+def test_palettes_whose_every_colour_is_opaque_are_fine(tmp_path):
+    Image.fromarray(RGB).convert('P').save(tmp_path / 'opaque.png', transparency=bytes([255] * 256))
+    assert set(Image.open(tmp_path / 'opaque.png').info['transparency']) == {255}
+    check_image(tmp_path / 'opaque.png')
 
 
 def test_a_checkpoint_that_does_not_fit_is_refused(files, tmp_path):

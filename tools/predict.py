@@ -32,6 +32,7 @@ from mmseg_resnest.network import DTYPES, Speed, default_speed
 from mmseg_resnest.predictor import AHEAD, Predictor
 
 VIDEOS = ('.mp4', '.avi', '.mov', '.mkv', '.webm', '.m4v')
+COUNTED = ('.mp4', '.avi', '.mov', '.m4v')  # store their number of frames; OpenCV takes others' from the duration
 CODECS = {'.avi': 'MJPG'}  # others are mp4v
 OPACITY = 0.5
 
@@ -52,6 +53,27 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument('--dtype', choices=DTYPES, help='number format (default: float16 on a GPU, float32 on a CPU)')
     parser.add_argument('--compile', action='store_true', help='compile sizes that repeat, one to two minutes each')
     return parser
+
+
+def device_of(name: str | None) -> torch.device:
+    """Returns the device that a command line names; None: a GPU if there is one. A UsageError if it is not there."""
+    name = name or ('cuda' if torch.cuda.is_available() else 'cpu')
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        gpus = torch.cuda.device_count()
+        raise cli.UsageError(
+            f'--device {name}: no device of this machine; expected cpu, cuda or cuda:N, of {gpus} GPUs'
+        ) from error
+    return torch.device(name)
+
+
+def make_folder(folder: Path) -> None:
+    """Makes a folder for output, or raises a UsageError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise cli.UsageError(f'{folder}: the folder cannot be written ({error.strerror}); expected another') from error
 
 
 def images_of(source: str) -> list[Path]:
@@ -81,7 +103,8 @@ def outputs_of(images: Sequence[Path], source: str, folder: Path) -> list[Path]:
     """Returns where each label map, or overlay, goes: under ``folder`` as the image lies under the input.
 
     Raises:
-        UsageError: Two images would have one, it would replace an image, or the next run would take it for an image.
+        UsageError: Two images would have one, it would replace an image or what lies beside its image, or the next run
+            would take it for an image.
     """
     if folder.is_file():
         raise cli.UsageError(f'{folder}: a file; expected a folder')
@@ -99,7 +122,29 @@ def outputs_of(images: Sequence[Path], source: str, folder: Path) -> list[Path]:
     sources = {image.resolve() for image in images}
     if replaced := [output for output in outputs if output.resolve() in sources]:
         raise cli.UsageError(f'{replaced[0]} is an image of the input, and would be replaced; expected another folder')
+    pairs = zip(images, outputs, strict=True)
+    if beside := [new for old, new in pairs if new.exists() and new.parent.resolve() == old.parent.resolve()]:
+        raise cli.UsageError(
+            f'{beside[0]} lies beside its image, may be its ground truth and would be replaced; expected another folder'
+        )
     return outputs
+
+
+def plan(args: argparse.Namespace) -> tuple[dict[Path, Path], dict[Path, Path]]:
+    """Returns where the label map of each image goes, and where its overlay, if they are wanted.
+
+    Raises:
+        UsageError: There is no image, or a file would be lost.
+    """
+    images = images_of(args.input)
+    label_maps = outputs_of(images, args.input, args.output)
+    overlays = outputs_of(images, args.input, args.overlays) if args.overlays else []
+    taken = {path.resolve() for path in label_maps}
+    if both := [path for path in overlays if path.resolve() in taken]:
+        raise cli.UsageError(
+            f'--overlays {args.overlays}: {both[0]} would be a label map and an overlay; expected another folder'
+        )
+    return dict(zip(images, label_maps, strict=True)), dict(zip(images, overlays, strict=bool(overlays)))
 
 
 def ahead(work: Callable, items: Iterable, pool: ThreadPoolExecutor, count: int) -> Iterator[tuple[object, Future]]:
@@ -150,12 +195,11 @@ def write_picture(path: Path, picture: ndarray) -> None:
     path.write_bytes(data)
 
 
-def predict_images(predictor: Predictor, args: argparse.Namespace) -> list[str]:
+def predict_images(
+    predictor: Predictor, label_maps: dict[Path, Path], overlays: dict[Path, Path], numbers: str
+) -> list[str]:
     """Predicts images, decoding, computing and encoding at the same time; returns what was bad."""
-    images = images_of(args.input)
-    label_maps = dict(zip(images, outputs_of(images, args.input, args.output), strict=True))
-    overlays = dict(zip(images, outputs_of(images, args.input, args.overlays), strict=True)) if args.overlays else {}
-    table = label_table(args.labels, predictor.classes)
+    table = label_table(numbers, predictor.classes)
     bad: list[str] = []
 
     def write(path: Path, labels: ndarray) -> None:
@@ -167,7 +211,7 @@ def predict_images(predictor: Predictor, args: argparse.Namespace) -> list[str]:
     threads = max(os.cpu_count() or 1, 2)
     size = AHEAD * predictor.batch_size
     with ThreadPoolExecutor(threads) as readers, ThreadPoolExecutor(threads) as writers:
-        prepared = _good(ahead(predictor.prepare, progress(images), readers, 2 * size), bad)
+        prepared = _good(ahead(predictor.prepare, progress(label_maps), readers, 2 * size), bad)
         writing: list[Future] = []
         while group := list(islice(prepared, size)):
             for done in writing:
@@ -188,15 +232,25 @@ def _good(items: Iterable[tuple[Path, Future]], bad: list[str]) -> Iterator[tupl
             bad.append(str(error))
 
 
+def check_video(args: argparse.Namespace) -> None:
+    """Raises a UsageError if the command line of a video cannot be carried out."""
+    cli.existing_file(args.input, 'video', 'give the path of one')
+    if args.output.resolve() == Path(args.input).resolve():
+        raise cli.UsageError(f'{args.output} is the input, and would be replaced; expected another file')
+    if args.overlays or args.labels != 'ids':
+        option = '--overlays' if args.overlays else '--labels'
+        raise cli.UsageError(f'{option}: a video becomes one with the colours over it, no label maps; leave it out')
+
+
 def predict_video(predictor: Predictor, args: argparse.Namespace) -> list[str]:
     """Writes a video with the classes' colours over it; decoding, computing and encoding overlap."""
     capture = cv2.VideoCapture(args.input)
-    frames = int(capture.get(cv2.CAP_PROP_FRAME_COUNT))
+    is_counted = Path(args.input).suffix.lower() in COUNTED
+    frames = int(capture.get(cv2.CAP_PROP_FRAME_COUNT)) if is_counted else 0
     first = capture.read()[1]
     if first is None:
         return [f'{args.input}: no frame can be decoded; expected a video']
     height, width = first.shape[:2]
-    args.output.parent.mkdir(parents=True, exist_ok=True)
     codec = cv2.VideoWriter.fourcc(*CODECS.get(args.output.suffix.lower(), 'mp4v'))
     writer = cv2.VideoWriter(str(args.output), codec, capture.get(cv2.CAP_PROP_FPS) or 25, (width, height))
     if not writer.isOpened():
@@ -223,10 +277,21 @@ def predict_video(predictor: Predictor, args: argparse.Namespace) -> list[str]:
             written = encoder.submit(write, [(frame, part) for (frame, _), part in zip(group, labels, strict=True)])
             count += len(group)
         written.result()
-    writer.release()
+    writer.release()  # which, as the writer, keeps quiet about errors
+    if (found := frames_in(args.output)) != count:
+        raise OSError(f'{args.output}: {found} of {count} frames were written; make room on its disk, and try again')
     if count < frames:
         return [f'{args.input}: {count} of {frames} frames could be decoded; the video ends there']
     return []
+
+
+def frames_in(path: Path) -> int:
+    """Returns the number of frames of a video, which are read and not decoded; 0 if it is no file."""
+    if not path.is_file():
+        return 0
+    capture = cv2.VideoCapture(str(path))
+    capture.set(cv2.CAP_PROP_FORMAT, -1)  # as stored
+    return sum(1 for _ in iter(capture.grab, False))
 
 
 def _endless() -> Iterator[int]:
@@ -249,18 +314,15 @@ def predict(args: argparse.Namespace) -> None:
         raise cli.UsageError(f'--batch-size {args.batch_size}: expected 1 or more')
     is_video = Path(args.input).suffix.lower() in VIDEOS
     if is_video:
-        cli.existing_file(args.input, 'video', 'give the path of one')
-        if args.output.resolve() == Path(args.input).resolve():
-            raise cli.UsageError(f'{args.output} is the input, and would be replaced; expected another file')
+        check_video(args)
     else:
-        for folder in filter(None, (args.output, args.overlays)):
-            outputs_of(images_of(args.input), args.input, folder)
-        if args.overlays and args.overlays.resolve() == args.output.resolve():
-            raise cli.UsageError(f'--overlays {args.overlays}: the folder of the label maps; expected another')
-    device = torch.device(args.device or ('cuda' if torch.cuda.is_available() else 'cpu'))
+        label_maps, overlays = plan(args)
+    device = device_of(args.device)
+    for folder in (args.output.parent,) if is_video else filter(None, (args.output, args.overlays)):
+        make_folder(folder)
     speed = Speed(dtype=args.dtype or default_speed(device).dtype, compile=args.compile)
     predictor = Predictor(cfg, args.checkpoint, device, speed, args.batch_size)
-    bad = (predict_video if is_video else predict_images)(predictor, args)
+    bad = predict_video(predictor, args) if is_video else predict_images(predictor, label_maps, overlays, args.labels)
     for line in bad:
         print(f'predict.py: skipped: {line}', file=sys.stderr)
     if bad:
