@@ -175,6 +175,19 @@ def test_all_ignored_gives_zero(average, impl):
 
 
 @pytest.mark.parametrize('impl', IMPLEMENTATIONS)
+@pytest.mark.parametrize('factor', [1, 4, 65536])  # as a float16 loss scaler begins
+@pytest.mark.parametrize('ignored', [True, False])  # or all of weight 0
+def test_where_nothing_counts_the_gradient_is_zero(ignored, factor, impl):
+    logits, labels = make_case((1, 5, 4, 6), (16, 24), ignored=2 if ignored else 0)
+    x = logits.requires_grad_()
+    weight = None if ignored else torch.zeros(5, device=DEVICE)
+    loss, _ = upsample_cross_entropy(x, labels, class_weight=weight, average='valid', impl=impl)
+    (factor * loss).backward()
+    assert loss == 0
+    assert torch.equal(x.grad, torch.zeros_like(x))
+
+
+@pytest.mark.parametrize('impl', IMPLEMENTATIONS)
 def test_gradient_is_scaled_by_what_follows(impl):
     logits, labels = make_case((1, 5, 4, 6), (32, 48))
     truth = expected(logits, labels)[2]

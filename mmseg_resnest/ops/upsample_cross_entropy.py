@@ -33,8 +33,8 @@ def upsample_cross_entropy(
         y[p, c] = (1 - label_smoothing) * (c == labels[p]) + label_smoothing / C
 
     The denominator is the number of all pixels, as in mmsegmentation's CrossEntropyLoss (``'all'``), or the sum of
-    ``w[labels[p]]`` over the pixels that are not ignored, as in torch (``'valid'``). The second is summed over all
-    ranks and divided by their number: DDP's mean of the ranks' gradients is then that of one process with all images.
+    ``w[labels[p]]`` over the pixels that are not ignored, as in torch (``'valid'``), 1 where that is 0. The sum is over
+    all ranks, divided by their number: DDP's mean of the ranks' gradients is then that of one process with all images.
 
     Args:
         logits: (N, C, h, w), bfloat16, float16, float32 or float64, any strides. Computed in float32 (float64).
@@ -63,7 +63,11 @@ def upsample_cross_entropy(
         weight = class_weight.to(weight).detach()
     options = (ignore_index, label_smoothing, align_corners)
     total, weights, correct, valid = _UpsampleCrossEntropy.apply(logits, labels, weight, options, impl)
-    denominator = labels.numel() if average == 'all' else _mean_over_ranks(weights).clamp(min=torch.finfo(dtype).tiny)
+    if average == 'all':
+        denominator = labels.numel()
+    else:
+        weights = _mean_over_ranks(weights)
+        denominator = torch.where(weights > 0, weights, 1)
     return total / denominator, 100 * correct / valid.clamp(min=1)
 
 
