@@ -42,7 +42,7 @@ def upsample_cross_entropy(
             ValueError; a kernel cannot, and the loss becomes NaN.
         ignore_index: The label of the pixels that do not count.
         class_weight: (C,) weights w of the classes; None: 1.
-        label_smoothing: The share of the target that is spread over all classes.
+        label_smoothing: The share of the target that is spread over all classes, 0 to 1.
         align_corners: As in ``torch.nn.functional.interpolate``.
         average: ``'all'`` or ``'valid'``.
         impl: ``'triton'`` or ``'torch'``; None: Triton on a GPU, in float32 and below.
@@ -54,7 +54,7 @@ def upsample_cross_entropy(
     Raises:
         ValueError: A shape, dtype or option is not one of those above.
     """
-    _check(logits, labels, class_weight, average, impl)
+    _check(logits, labels, class_weight, label_smoothing, average, impl)
     if impl is None:
         impl = 'triton' if logits.is_cuda and logits.dtype != torch.float64 else 'torch'
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
@@ -71,7 +71,14 @@ def upsample_cross_entropy(
     return total / denominator, 100 * correct / valid.clamp(min=1)
 
 
-def _check(logits: Tensor, labels: Tensor, class_weight: Tensor | None, average: str, impl: str | None) -> None:
+def _check(
+    logits: Tensor,
+    labels: Tensor,
+    class_weight: Tensor | None,
+    label_smoothing: float,
+    average: str,
+    impl: str | None,
+) -> None:
     if logits.ndim != 4 or labels.ndim != 3 or len(logits) != len(labels):
         raise ValueError(
             f'upsample_cross_entropy: logits {tuple(logits.shape)}, labels {tuple(labels.shape)}; '
@@ -87,6 +94,8 @@ def _check(logits: Tensor, labels: Tensor, class_weight: Tensor | None, average:
             f'upsample_cross_entropy: class_weight {tuple(class_weight.shape)}; '
             f'expected one of {logits.shape[1]} classes'
         )
+    if not 0 <= label_smoothing <= 1:  # nor nan
+        raise ValueError(f'upsample_cross_entropy: label_smoothing={label_smoothing}; expected 0 to 1')
     if average not in AVERAGES or impl not in (None, *IMPLEMENTATIONS):
         raise ValueError(
             f'upsample_cross_entropy: average={average!r}, impl={impl!r}; '
