@@ -79,10 +79,11 @@ def _check(
     average: str,
     impl: str | None,
 ) -> None:
-    if logits.ndim != 4 or labels.ndim != 3 or len(logits) != len(labels):
+    batches = logits.ndim == 4 and labels.ndim == 3 and len(logits) == len(labels)
+    if not (batches and logits.numel() and labels.numel()):
         raise ValueError(
             f'upsample_cross_entropy: logits {tuple(logits.shape)}, labels {tuple(labels.shape)}; '
-            'expected (N, C, h, w) and (N, H, W)'
+            'expected (N, C, h, w) and (N, H, W), none empty'
         )
     if not logits.is_floating_point() or labels.dtype not in (torch.uint8, torch.int64):
         raise ValueError(
