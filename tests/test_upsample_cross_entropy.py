@@ -231,6 +231,8 @@ def test_labels_out_of_range_are_refused():
         (dict(logits=torch.zeros(1, 0, 4, 4)), r'logits \(1, 0, 4, 4\).*, none empty'),
         (dict(labels=torch.zeros(1, 8, 0).long()), r'labels \(1, 8, 0\).*, none empty'),
         (dict(class_weight=torch.ones(4)), 'expected one of 5 classes'),
+        (dict(class_weight=torch.tensor([1, 1, -0.5, 1, 1])), 'class_weight from -0.5; expected 0 or more'),
+        (dict(class_weight=torch.tensor([1, float('nan'), 1, 1, 1])), 'class_weight from nan; expected 0 or more'),
         (dict(label_smoothing=-0.1), 'label_smoothing=-0.1; expected 0 to 1'),
         (dict(label_smoothing=1.1), 'label_smoothing=1.1; expected 0 to 1'),
         (dict(label_smoothing=float('nan')), 'label_smoothing=nan; expected 0 to 1'),

@@ -41,7 +41,8 @@ def upsample_cross_entropy(
         labels: (N, H, W), uint8 or int64: a class or ``ignore_index``. Of any other value the plain path raises a
             ValueError; a kernel cannot, and the loss becomes NaN.
         ignore_index: The label of the pixels that do not count.
-        class_weight: (C,) weights w of the classes; None: 1.
+        class_weight: (C,) weights w of the classes, 0 or more; None: 1. Only those on a CPU are checked: a GPU would
+            have to wait. There a kernel's gradient of a negative weight is NaN.
         label_smoothing: The share of the target that is spread over all classes, 0 to 1.
         align_corners: As in ``torch.nn.functional.interpolate``.
         average: ``'all'`` or ``'valid'``.
@@ -95,6 +96,8 @@ def _check(
             f'upsample_cross_entropy: class_weight {tuple(class_weight.shape)}; '
             f'expected one of {logits.shape[1]} classes'
         )
+    if class_weight is not None and class_weight.device.type == 'cpu' and not (class_weight >= 0).all():  # nor NaN
+        raise ValueError(f'upsample_cross_entropy: class_weight from {class_weight.amin():g}; expected 0 or more')
     if not 0 <= label_smoothing <= 1:  # nor nan
         raise ValueError(f'upsample_cross_entropy: label_smoothing={label_smoothing}; expected 0 to 1')
     if average not in AVERAGES or impl not in (None, *IMPLEMENTATIONS):
