@@ -37,6 +37,13 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument('config', help='config file, as configs/deeplabv3_resnest101_ade20k.py')
     parser.add_argument('--work-dir', metavar='DIR', help='logs and checkpoints go here (default: work_dirs/CONFIG)')
     parser.add_argument('--data-root', metavar='DIR', help='where the data set is, if not where the config says')
+    add_overrides(parser)
+    parser.add_argument('--debug', action='store_true', help='show the stack trace of an error')
+    return parser
+
+
+def add_overrides(parser: argparse.ArgumentParser) -> None:
+    """Adds the option that overrides settings of the config."""
     parser.add_argument(
         '--cfg-options',
         nargs='+',
@@ -45,8 +52,6 @@ def make_parser(description: str) -> argparse.ArgumentParser:
         metavar='KEY=VALUE',
         help='override settings of the config, as train_dataloader.batch_size=4 model.backbone.init_cfg=None',
     )
-    parser.add_argument('--debug', action='store_true', help='show the stack trace of an error')
-    return parser
 
 
 def add_allow_pickle(parser: argparse.ArgumentParser) -> None:
@@ -104,6 +109,15 @@ def load_config(args: argparse.Namespace, loader: str) -> Config:
         UsageError: There is no such file, it is no whole config, or an option overrides what is not there.
     """
     path = Path(args.config)
+    cfg = read_config(path, args.cfg_options, loader)
+    if args.data_root:
+        set_data_root(cfg, args.data_root)
+    cfg.work_dir = args.work_dir or cfg.get('work_dir') or f'work_dirs/{path.stem}'
+    return cfg
+
+
+def read_config(path: Path, overrides: dict, loader: str) -> Config:
+    """Reads a config, sets the overrides, and raises what ``load_config`` does."""
     if not path.is_file():
         known = {p.name: p for p in [*path.parent.glob('*.py'), *Path('configs').glob('*.py')]}
         close = difflib.get_close_matches(path.name, known, n=3)
@@ -113,13 +127,10 @@ def load_config(args: argparse.Namespace, loader: str) -> Config:
         cfg = Config.fromfile(path)
     except Exception as error:
         raise UsageError(f'{path}: not a valid config: {error}') from error
-    _override(cfg, args.cfg_options)
+    _override(cfg, overrides)
     for key in ('model', loader):
         if not cfg.get(key):
             raise UsageError(f'{path}: the config has no {key}; give one of configs/, or inherit one')
-    if args.data_root:
-        set_data_root(cfg, args.data_root)
-    cfg.work_dir = args.work_dir or cfg.get('work_dir') or f'work_dirs/{path.stem}'
     return cfg
 
 

@@ -8,20 +8,19 @@ classifier, which is mmsegmentation's ``conv_seg``.
 from collections.abc import Sequence
 
 import torch
-from mmcv.cnn import build_norm_layer
+from mmcv.cnn import build_conv_layer, build_norm_layer
 from mmseg.models.decode_heads.decode_head import BaseDecodeHead
 from torch import Tensor, nn
 
-from mmseg_resnest.conv import DilatedConv2d
 from mmseg_resnest.registry import MODELS
 
 
 def _conv_norm_relu(
-    in_channels: int, channels: int, kernel_size: int, norm_cfg: dict, dilation: int = 1
+    in_channels: int, channels: int, kernel_size: int, conv_cfg: dict | None, norm_cfg: dict, dilation: int = 1
 ) -> list[nn.Module]:
-    padding = dilation * (kernel_size // 2)
+    shape = dict(kernel_size=kernel_size, padding=dilation * (kernel_size // 2), dilation=dilation)
     return [
-        DilatedConv2d(in_channels, channels, kernel_size, padding=padding, dilation=dilation, bias=False),
+        build_conv_layer(conv_cfg, in_channels, channels, **shape, bias=False),
         build_norm_layer(norm_cfg, channels)[1],
         nn.ReLU(inplace=True),
     ]
@@ -30,9 +29,11 @@ def _conv_norm_relu(
 class GlobalPooling(nn.Module):
     """The image-level branch of ASPP: the mean over the image, 1x1 convolution, norm, ReLU, spread back over it."""
 
-    def __init__(self, in_channels: int, channels: int, norm_cfg: dict) -> None:
+    def __init__(self, in_channels: int, channels: int, conv_cfg: dict | None, norm_cfg: dict) -> None:
         super().__init__()
-        self.gap = nn.Sequential(nn.AdaptiveAvgPool2d(1), *_conv_norm_relu(in_channels, channels, 1, norm_cfg))
+        self.gap = nn.Sequential(
+            nn.AdaptiveAvgPool2d(1), *_conv_norm_relu(in_channels, channels, 1, conv_cfg, norm_cfg)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (B, in_channels, H, W) to (B, channels, H, W), equal at every place."""
@@ -46,19 +47,23 @@ class ASPP(nn.Module):
         in_channels: Channels of the feature map.
         channels: Channels of each branch and of the output.
         dilations: Dilations of the 3x3 branches; a 1x1 and an image-level branch are added to them.
+        conv_cfg: The convolutions' config; None: torch's.
         norm_cfg: The normalisation layer's config.
     """
 
-    def __init__(self, in_channels: int, channels: int, dilations: Sequence[int], norm_cfg: dict) -> None:
+    def __init__(
+        self, in_channels: int, channels: int, dilations: Sequence[int], conv_cfg: dict | None, norm_cfg: dict
+    ) -> None:
         super().__init__()
-        branches = [nn.Sequential(*_conv_norm_relu(in_channels, channels, 1, norm_cfg))]
-        branches += [nn.Sequential(*_conv_norm_relu(in_channels, channels, 3, norm_cfg, d)) for d in dilations]
-        branches.append(GlobalPooling(in_channels, channels, norm_cfg))
+        layers = (conv_cfg, norm_cfg)
+        branches = [nn.Sequential(*_conv_norm_relu(in_channels, channels, 1, *layers))]
+        branches += [nn.Sequential(*_conv_norm_relu(in_channels, channels, 3, *layers, d)) for d in dilations]
+        branches.append(GlobalPooling(in_channels, channels, *layers))
         self.branch_names = [f'b{i}' for i in range(len(branches))]
         for name, branch in zip(self.branch_names, branches, strict=True):
             self.add_module(name, branch)
         self.project = nn.Sequential(
-            *_conv_norm_relu(channels * len(branches), channels, 1, norm_cfg), nn.Dropout2d(0.5)
+            *_conv_norm_relu(channels * len(branches), channels, 1, *layers), nn.Dropout2d(0.5)
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -71,10 +76,12 @@ class _AuthorsHead(BaseDecodeHead):
 
     def __init__(self, *, norm_cfg: dict | None = None, **kwargs) -> None:
         kwargs.setdefault('init_cfg', None)
+        kwargs.setdefault('conv_cfg', dict(type='mmseg_resnest.DilatedConv2d'))
         super().__init__(norm_cfg=norm_cfg or dict(type='BN'), dropout_ratio=0, **kwargs)
 
     def _block(self, in_channels: int) -> nn.Sequential:
-        return nn.Sequential(*_conv_norm_relu(in_channels, self.channels, 3, self.norm_cfg), nn.Dropout(0.1))
+        layers = _conv_norm_relu(in_channels, self.channels, 3, self.conv_cfg, self.norm_cfg)
+        return nn.Sequential(*layers, nn.Dropout(0.1))
 
 
 @MODELS.register_module()
@@ -84,13 +91,14 @@ class AuthorsDeepLabV3Head(_AuthorsHead):
     Args:
         dilations: Dilations of ASPP's 3x3 branches.
         norm_cfg: The normalisation layer's config, by default BN.
-        **kwargs: BaseDecodeHead's; the authors have ``channels=256`` and ``align_corners=True``.
+        **kwargs: BaseDecodeHead's; the authors have ``channels=256`` and ``align_corners=True``. ``conv_cfg`` is by
+            default DilatedConv2d's; None: torch's convolutions, of the same names and values.
     """
 
     def __init__(self, *, dilations: Sequence[int] = (12, 24, 36), norm_cfg: dict | None = None, **kwargs) -> None:
         super().__init__(norm_cfg=norm_cfg, **kwargs)
         self.dilations = tuple(dilations)
-        self.aspp = ASPP(self.in_channels, self.channels, dilations, self.norm_cfg)
+        self.aspp = ASPP(self.in_channels, self.channels, dilations, self.conv_cfg, self.norm_cfg)
         self.block = self._block(self.channels)
 
     def forward(self, inputs: Sequence[Tensor]) -> Tensor:

@@ -22,7 +22,7 @@ class StepCheck:
     Attributes:
         finite: Whether the losses since the last step and the gradient norm are finite on every rank, or a loss scaler
             deals with what is not; if False, no step was made.
-        losses_finite: Whether the losses are, on every rank.
+        losses_finite: Whether the losses are, on every rank; those that ``backward`` has not seen count as finite.
         own_losses_finite: Whether this rank's losses are.
         grad_norm: The norm of all gradients, unscaled, before clipping.
         loss_scaler: The state of the loss scaler that the losses were scaled by; empty but in float16.
@@ -126,12 +126,12 @@ class AutocastOptimWrapper(OptimWrapper):
         Returns:
             Whether this rank's losses, all ranks' losses and all ranks' gradients are finite; the norm.
         """
-        own, self._losses_finite = self._losses_finite, None
-        agreed = torch.stack(
-            [own.to(grad_norm), grad_norm.isfinite().to(grad_norm), grad_norm.new_full((), -self.signal)]
-        )
+        losses_finite, self._losses_finite = self._losses_finite, None
+        # None where the caller has called the loss's own backward
+        own = grad_norm.new_ones(()) if losses_finite is None else losses_finite.to(grad_norm)
+        agreed = torch.stack([own, grad_norm.isfinite().to(grad_norm), grad_norm.new_full((), -self.signal)])
         all_reduce(agreed, 'min')  # nothing on one process
-        own, *flags, signal, norm = torch.stack([own.to(grad_norm), *agreed, grad_norm]).tolist()
+        own, *flags, signal, norm = torch.stack([own, *agreed, grad_norm]).tolist()
         self.agreed_signal = -int(signal)
         if self.clip_grad_kwargs and self.grad_name == 'grad_norm' and math.isfinite(norm):
             self.message_hub.update_scalar('train/grad_norm', norm)

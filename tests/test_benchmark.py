@@ -2,19 +2,23 @@
 
 import json
 import re
+import runpy
+import sys
 
 import pytest
 from tiny import CAMVID, OPTIONS, ROOT, run_tool
+
+from mmseg_resnest import cli
 
 TINY = [option for option in OPTIONS if option.startswith(('model.', 'train_dataloader.batch_size'))]
 
 
 def measure(config, folder, *arguments, options=()):
     """Returns the figures of each side, and the output."""
-    arguments = ('train', config, '--steps', '2', '--json', 'speed.json', *arguments)
+    arguments = ('train', config, '--steps', '2', '--json', 'new/folder/speed.json', *arguments)
     done = run_tool('benchmark', *arguments, '--cfg-options', *TINY, *options, cwd=folder)
     assert done.returncode == 0, done.stderr
-    return json.loads((folder / 'speed.json').read_text())[config.stem], done.stdout
+    return json.loads((folder / 'new/folder/speed.json').read_text())[config.stem], done.stdout
 
 
 def test_training_speed(tmp_path):
@@ -24,6 +28,7 @@ def test_training_speed(tmp_path):
     assert speed['images_per_s'] == pytest.approx(2 / speed['ms'] * 1000)  # batch 2
     assert speed['steps'] == 2
     assert 0 < speed['ceiling_share'] < 1
+    assert speed['gib'] is None  # of a GPU
     assert 'OneDL' not in output  # mmsegmentation's debug lines
     assert re.match(r'CPU, torch \S+\nA large matrix product in bfloat16 runs at \d+ TFLOP/s\n', output)
     assert re.search(rf'{CAMVID.stem} +ours +{speed["images_per_s"]:.1f} images/s', output)
@@ -45,3 +50,51 @@ def test_wrong_path(tmp_path):
     done = run_tool('benchmark', 'train', 'nowhere.py', cwd=tmp_path)
     assert done.returncode == 2
     assert done.stderr == 'benchmark.py: error: nowhere.py: there is no such config file; see configs/\n'
+
+
+NO_SMP = '--against smp needs segmentation_models.pytorch: pip install segmentation-models-pytorch, or give'
+
+
+@pytest.mark.parametrize(
+    ('words', 'message'),
+    [
+        ('train --steps 0', '--steps 0: expected 1 or more'),
+        ('scale --steps -1', '--steps -1: expected 1 or more'),
+        ('scale --cfg-options nosuch.key=1', '--cfg-options nosuch.key: nothing reads nosuch at the top of a config;'),
+        ('train --cfg-options model.backbone.depth.x=1', '--cfg-options model.backbone.depth.x: the config has no'),
+        ('test --cfg-options test_dataloader=None', f'{CAMVID}: the config has no test_dataloader;'),
+        ('train --json .', '--json .: a folder; name a file in it'),
+        ('train --against mmseg', f'{CAMVID}: mmsegmentation has no ResNeSt config of PSPHead on this data set'),
+        (
+            'train --against mmseg --cfg-options model.decode_head.num_classes=19',
+            f"{CAMVID}: mmsegmentation's ResNeSt has no depth 14, but 50, 101, 152, 200",
+        ),
+        ('train --against smp', NO_SMP),
+        ('test --against smp', NO_SMP),
+        ('test', NO_SMP),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_before_anything_is(words, message, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, 'segmentation_models_pytorch', None)
+    tool = runpy.run_path(str(ROOT / 'tools' / 'benchmark.py'))
+    task, *options = words.split()
+    args = tool['make_parser']().parse_args([task, str(CAMVID), '--cfg-options', *TINY, *options])
+    with pytest.raises(cli.UsageError) as error:
+        tool['benchmark'](args)
+    assert str(error.value).startswith(message)
+    assert '\n' not in str(error.value)
+    assert capsys.readouterr().out == ''
+
+
+def test_a_measurement_is_not_refused_for_a_peer_that_it_does_without(monkeypatch):
+    monkeypatch.setitem(sys.modules, 'segmentation_models_pytorch', None)
+    tool = runpy.run_path(str(ROOT / 'tools' / 'benchmark.py'))
+    for words in ('data', 'scale', 'train', 'test --against mmseg'):
+        task, *options = words.split()
+        tool['check'](tool['make_parser']().parse_args([task, str(CAMVID), *options]))
+
+
+def test_override_that_is_no_pair_is_a_usage_error(tmp_path):
+    done = run_tool('benchmark', 'train', CAMVID, '--cfg-options', 'foo', cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.endswith('benchmark.py: error: argument --cfg-options: expected KEY=VALUE; got foo\n')

@@ -7,6 +7,7 @@ from mmengine.structures import PixelData
 from mmseg.structures import SegDataSample
 from torch import nn
 
+from mmseg_resnest.conv import DilatedConv2d
 from mmseg_resnest.heads import AuthorsDeepLabV3Head, AuthorsFCNHead
 
 CHANNELS = (8, 12, 20, 24)
@@ -212,6 +213,18 @@ def test_loss_interpolates_and_ignores(name, align_corners):
     torch.testing.assert_close(losses['loss_ce'], expected, rtol=1e-9, atol=0)
     accuracy = (logits.argmax(1) == labels)[labels != 255].double().mean() * 100
     assert losses['acc_seg'].item() == pytest.approx(accuracy.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize('name', HEADS)
+def test_conv_cfg_chooses_the_convolutions_of_the_same_head(name):
+    torch.manual_seed(0)
+    ours, plain = (HEADS[name][0](**options).eval() for options in ({}, dict(conv_cfg=None)))
+    plain.load_state_dict(ours.state_dict(), strict=True)
+    features = [torch.randn(2, c, 7, 11) for c in CHANNELS]
+    torch.testing.assert_close(ours(features), plain(features), rtol=0, atol=0)
+    for head, kind in ((ours, DilatedConv2d), (plain, nn.Conv2d)):
+        convs = {type(m) for key, m in head.named_modules() if isinstance(m, nn.Conv2d) and key != 'conv_seg'}
+        assert convs == {kind}
 
 
 def test_norm_cfg_reaches_every_layer_and_the_classifier_starts_as_torchs():

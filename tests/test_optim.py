@@ -189,6 +189,19 @@ def test_state_of_another_number_format(saved, resumed):
     assert other.loss_scaler.get_scale() == (2**16 if resumed == 'float16' else 1)
 
 
+@pytest.mark.parametrize('dtype', ['bfloat16', 'float32'])
+def test_steps_after_ones_own_backward_are_those_of_the_stock_wrapper(dtype):
+    networks = []
+    for wrapper_type, options in ((AutocastOptimWrapper, dict(dtype=dtype)), (OptimWrapper, {})):
+        network, wrapper = make(wrapper=wrapper_type, **options)
+        for x in batches(3):
+            loss_of(network, x).backward()
+            wrapper.step()
+            wrapper.zero_grad()
+        networks.append(network)
+    assert_same_parameters(*networks, rtol=0, atol=0)
+
+
 def test_unknown_dtype():
     with pytest.raises(ValueError) as error:
         make(dtype='fp16')
@@ -233,6 +246,15 @@ def test_what_is_not_finite_raises_unless_a_hook_looks_after_it():
     with pytest.raises(ValueError, match='no step was made: the loss is not finite, the gradient norm nan') as error:
         wrapper.update_params(loss_of(network, batches(1)[0]) * float('nan'))
     assert 'mmseg_resnest.NonFiniteHook' in str(error.value)
+    assert_same_parameters(network, before, rtol=0, atol=0)
+
+
+def test_after_ones_own_backward_only_the_gradients_are_judged():
+    network, wrapper = make(dtype='float32')
+    before = copy.deepcopy(network)
+    (loss_of(network, batches(1)[0]) * float('inf')).backward()
+    with pytest.raises(ValueError, match=r'no step was made: the loss is finite, the gradient norm (nan|inf)'):
+        wrapper.step()
     assert_same_parameters(network, before, rtol=0, atol=0)
 
 

@@ -190,6 +190,19 @@ def test_all_ignored_gives_zero(average, impl):
 
 
 @pytest.mark.parametrize('impl', IMPLEMENTATIONS)
+@pytest.mark.parametrize('factor', [1, 4, 65536])  # as a float16 loss scaler begins
+@pytest.mark.parametrize('ignored', [True, False])  # or all of weight 0
+def test_where_nothing_counts_the_gradient_is_zero(ignored, factor, impl):
+    logits, labels = make_case((1, 5, 4, 6), (16, 24), ignored=2 if ignored else 0)
+    x = logits.requires_grad_()
+    weight = None if ignored else torch.zeros(5, device=DEVICE)
+    loss, _ = upsample_cross_entropy(x, labels, class_weight=weight, average='valid', impl=impl)
+    (factor * loss).backward()
+    assert loss == 0
+    assert torch.equal(x.grad, torch.zeros_like(x))
+
+
+@pytest.mark.parametrize('impl', IMPLEMENTATIONS)
 def test_gradient_is_scaled_by_what_follows(impl):
     logits, labels = make_case((1, 5, 4, 6), (32, 48))
     truth = expected(logits, labels)[2]
@@ -238,7 +251,15 @@ def test_labels_out_of_range_are_refused():
         (dict(labels=torch.zeros(1, 8, 8, dtype=torch.int32)), 'torch.int32; expected floating point, and uint8'),
         (dict(labels=torch.zeros(8, 8, dtype=torch.int64)), r'labels \(8, 8\); expected'),
         (dict(logits=torch.zeros(1, 5, 4)), r'logits \(1, 5, 4\)'),
+        (dict(logits=torch.zeros(0, 5, 4, 4), labels=torch.zeros(0, 8, 8).long()), r'\(0, 5, 4, 4\).*, none empty'),
+        (dict(logits=torch.zeros(1, 0, 4, 4)), r'logits \(1, 0, 4, 4\).*, none empty'),
+        (dict(labels=torch.zeros(1, 8, 0).long()), r'labels \(1, 8, 0\).*, none empty'),
         (dict(class_weight=torch.ones(4)), 'expected one of 5 classes'),
+        (dict(class_weight=torch.tensor([1, 1, -0.5, 1, 1])), 'class_weight from -0.5; expected 0 or more'),
+        (dict(class_weight=torch.tensor([1, float('nan'), 1, 1, 1])), 'class_weight from nan; expected 0 or more'),
+        (dict(label_smoothing=-0.1), 'label_smoothing=-0.1; expected 0 to 1'),
+        (dict(label_smoothing=1.1), 'label_smoothing=1.1; expected 0 to 1'),
+        (dict(label_smoothing=float('nan')), 'label_smoothing=nan; expected 0 to 1'),
         (dict(average='mean'), "average='mean'"),
         (dict(impl='cuda'), "impl='cuda'"),
     ],

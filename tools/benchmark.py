@@ -20,12 +20,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from mmengine.config import DictAction
 
 from mmseg_resnest import cli
 from mmseg_resnest.benchmark import data, inference, scaling
 from mmseg_resnest.benchmark.alone import run_alone
-from mmseg_resnest.benchmark.training import PEERS, Spec
+from mmseg_resnest.benchmark.training import PEERS, Spec, import_smp, mmseg_config
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -46,24 +45,51 @@ def make_parser() -> argparse.ArgumentParser:
         '--processes', type=int, default=max(torch.cuda.device_count(), 2), help='of scale (default: one a GPU)'
     )
     parser.add_argument('--json', type=Path, metavar='FILE', help='write the figures there')
-    parser.add_argument('--cfg-options', nargs='+', action=DictAction, default={}, metavar='KEY=VALUE')
+    cli.add_overrides(parser)
     parser.add_argument('--debug', action='store_true', help='show the stack trace of an error')
     return parser
 
 
 def benchmark(args: argparse.Namespace) -> None:
     """Measures the configs one after the other and prints a line a side, or a row."""
-    for path in args.configs:
-        cli.existing_file(path, 'config file', 'see configs/')
+    check(args)
     print(f'{torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"}, torch {torch.__version__}')
     tasks = dict(train=benchmark_training, test=benchmark_inference, scale=benchmark_scaling, data=benchmark_data)
     run = tasks[args.task]
     results = {}
     for path in args.configs:
         for name, result in run(path, args):
-            results.setdefault(path.stem, {})[name] = result
+            # JSON has no NaN, which a GPU's memory is on a CPU.
+            figures = {key: None if value != value else value for key, value in result.items()}
+            results.setdefault(path.stem, {})[name] = figures
             if args.json:
-                args.json.write_text(json.dumps(results, indent=1) + '\n')
+                args.json.write_text(json.dumps(results, indent=1, allow_nan=False) + '\n')
+
+
+def check(args: argparse.Namespace) -> None:
+    """Refuses what cannot be measured or written before anything is measured, which takes minutes.
+
+    Raises:
+        UsageError: An option is not one, a config is none, or a peer is not there or has no such model.
+    """
+    if args.steps < 1:
+        raise cli.UsageError(f'--steps {args.steps}: expected 1 or more')
+    for path in args.configs:
+        cfg = cli.read_config(path, args.cfg_options, 'test_dataloader' if args.task == 'test' else 'train_dataloader')
+        if (args.task, args.against) == ('train', 'mmseg'):
+            try:
+                mmseg_config(cfg)
+            except ValueError as error:
+                raise cli.UsageError(f'{path}: {error}') from error
+    if args.against == 'smp' or (args.task, args.against) == ('test', None):
+        try:
+            import_smp()
+        except ImportError as error:
+            raise cli.UsageError(f'{error}, or give --against mmseg') from error
+    if args.json and args.json.is_dir():
+        raise cli.UsageError(f'--json {args.json}: a folder; name a file in it')
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
 
 
 def benchmark_training(path: Path, args: argparse.Namespace) -> Iterator[tuple[str, dict]]:

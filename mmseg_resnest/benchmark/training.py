@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import mmseg
 import torch
@@ -193,7 +194,7 @@ def _configure(side: str, cfg: Config) -> None:
 def _segmentor_step(side: str, cfg: Config, batch: dict) -> Callable[[], object]:
     wrapper = cfg.optim_wrapper
     if side.startswith('mmseg'):
-        cfg = _mmseg_config(cfg)
+        cfg = mmseg_config(cfg)
         dtype = dict(fp16='float16', bf16='bfloat16')[side[-4:]]
         scale = dict(loss_scale='dynamic') if dtype == 'float16' else {}
         wrapper = dict(type='AmpOptimWrapper', dtype=dtype, optimizer=cfg.optim_wrapper.optimizer, **scale)
@@ -215,8 +216,8 @@ def _segmentor_step(side: str, cfg: Config, batch: dict) -> Callable[[], object]
     return lambda: model.train_step(batch, optim_wrapper)
 
 
-def _mmseg_config(cfg: Config) -> Config:
-    """Returns mmsegmentation's own config of the same head, data set and depth 101.
+def mmseg_config(cfg: Config) -> Config:
+    """Returns mmsegmentation's own config of the same head, data set and depth.
 
     Raises:
         ValueError: It has none.
@@ -233,11 +234,28 @@ def _mmseg_config(cfg: Config) -> Config:
     found = sorted(folder.glob(f'*_{head}_*{data}*.py'))
     if not found:
         raise ValueError(f'mmsegmentation has no ResNeSt config of {cfg.model.decode_head.type} on this data set')
+    depth, depths = cfg.model.backbone.depth, MODELS.get('mmseg.ResNeSt').arch_settings
+    if depth not in depths:
+        raise ValueError(f"mmsegmentation's ResNeSt has no depth {depth}, but {', '.join(map(str, depths))}")
     theirs = Config.fromfile(found[0])
     theirs.model.pretrained = None
-    theirs.model.backbone.depth = cfg.model.backbone.depth
+    theirs.model.backbone.depth = depth
     theirs.model.data_preprocessor.size = cfg.model.data_preprocessor.size
     return theirs
+
+
+def import_smp() -> ModuleType:
+    """Returns segmentation_models.pytorch.
+
+    Raises:
+        ImportError: The package is not there.
+    """
+    try:
+        import segmentation_models_pytorch as smp
+    except ImportError as error:
+        needed = 'segmentation_models.pytorch: pip install segmentation-models-pytorch'
+        raise ImportError(f'--against smp needs {needed}') from error
+    return smp
 
 
 def smp_model(cfg: Config, channels: int) -> nn.Module:
@@ -246,12 +264,8 @@ def smp_model(cfg: Config, channels: int) -> nn.Module:
     Raises:
         ImportError: The package is not there.
     """
-    try:
-        import segmentation_models_pytorch as smp
-    except ImportError as error:
-        raise ImportError('--against smp needs it: pip install segmentation-models-pytorch') from error
     depth = cfg.model.backbone.depth
-    return smp.DeepLabV3(
+    return import_smp().DeepLabV3(
         encoder_name=f'tu-resnest{depth}{"e" if depth > 50 else "d"}',
         encoder_weights=None,
         encoder_output_stride=8,

@@ -33,16 +33,17 @@ def upsample_cross_entropy(
         y[p, c] = (1 - label_smoothing) * (c == labels[p]) + label_smoothing / C
 
     The denominator is the number of all pixels, as in mmsegmentation's CrossEntropyLoss (``'all'``), or the sum of
-    ``w[labels[p]]`` over the pixels that are not ignored, as in torch (``'valid'``). The second is summed over all
-    ranks and divided by their number: DDP's mean of the ranks' gradients is then that of one process with all images.
+    ``w[labels[p]]`` over the pixels that are not ignored, as in torch (``'valid'``), 1 where that is 0. The sum is over
+    all ranks, divided by their number: DDP's mean of the ranks' gradients is then that of one process with all images.
 
     Args:
         logits: (N, C, h, w), bfloat16, float16, float32 or float64, any strides. Computed in float32 (float64).
         labels: (N, H, W), uint8 or int64: a class or ``ignore_index``. Of any other value the plain path raises a
             ValueError; a kernel cannot, and the loss becomes NaN.
         ignore_index: The label of the pixels that do not count.
-        class_weight: (C,) weights w of the classes; None: 1.
-        label_smoothing: The share of the target that is spread over all classes.
+        class_weight: (C,) weights w of the classes, 0 or more; None: 1. Only those on a CPU are checked: a GPU would
+            have to wait. There a kernel's gradient of a negative weight is NaN.
+        label_smoothing: The share of the target that is spread over all classes, 0 to 1.
         align_corners: As in ``torch.nn.functional.interpolate``.
         average: ``'all'`` or ``'valid'``.
         impl: ``'triton'`` or ``'torch'``; None: Triton on a GPU, in float32 and below.
@@ -54,7 +55,7 @@ def upsample_cross_entropy(
     Raises:
         ValueError: A shape, dtype or option is not one of those above.
     """
-    _check(logits, labels, class_weight, average, impl)
+    _check(logits, labels, class_weight, label_smoothing, average, impl)
     if impl is None:
         impl = 'triton' if logits.is_cuda and logits.dtype != torch.float64 else 'torch'
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
@@ -63,15 +64,27 @@ def upsample_cross_entropy(
         weight = class_weight.to(weight).detach()
     options = (ignore_index, label_smoothing, align_corners)
     total, weights, correct, valid = _UpsampleCrossEntropy.apply(logits, labels, weight, options, impl)
-    denominator = labels.numel() if average == 'all' else _mean_over_ranks(weights).clamp(min=torch.finfo(dtype).tiny)
+    if average == 'all':
+        denominator = labels.numel()
+    else:
+        weights = _mean_over_ranks(weights)
+        denominator = torch.where(weights > 0, weights, 1)
     return total / denominator, 100 * correct / valid.clamp(min=1)
 
 
-def _check(logits: Tensor, labels: Tensor, class_weight: Tensor | None, average: str, impl: str | None) -> None:
-    if logits.ndim != 4 or labels.ndim != 3 or len(logits) != len(labels):
+def _check(
+    logits: Tensor,
+    labels: Tensor,
+    class_weight: Tensor | None,
+    label_smoothing: float,
+    average: str,
+    impl: str | None,
+) -> None:
+    batches = logits.ndim == 4 and labels.ndim == 3 and len(logits) == len(labels)
+    if not (batches and logits.numel() and labels.numel()):
         raise ValueError(
             f'upsample_cross_entropy: logits {tuple(logits.shape)}, labels {tuple(labels.shape)}; '
-            'expected (N, C, h, w) and (N, H, W)'
+            'expected (N, C, h, w) and (N, H, W), none empty'
         )
     if not logits.is_floating_point() or labels.dtype not in (torch.uint8, torch.int64):
         raise ValueError(
@@ -83,6 +96,10 @@ def _check(logits: Tensor, labels: Tensor, class_weight: Tensor | None, average:
             f'upsample_cross_entropy: class_weight {tuple(class_weight.shape)}; '
             f'expected one of {logits.shape[1]} classes'
         )
+    if class_weight is not None and class_weight.device.type == 'cpu' and not (class_weight >= 0).all():  # nor NaN
+        raise ValueError(f'upsample_cross_entropy: class_weight from {class_weight.amin():g}; expected 0 or more')
+    if not 0 <= label_smoothing <= 1:  # nor nan
+        raise ValueError(f'upsample_cross_entropy: label_smoothing={label_smoothing}; expected 0 to 1')
     if average not in AVERAGES or impl not in (None, *IMPLEMENTATIONS):
         raise ValueError(
             f'upsample_cross_entropy: average={average!r}, impl={impl!r}; '
