@@ -208,6 +208,8 @@ def why_not_fused(head: nn.Module) -> str:
         return f"{type(loss).__name__} is not mmsegmentation's CrossEntropyLoss alone"
     if loss.use_sigmoid or loss.use_mask or loss.reduction != 'mean':
         return 'it is no mean softmax cross-entropy'
+    if loss.class_weight is not None and min(loss.class_weight) < 0:
+        return 'a class weight is negative'
     return ''
 
 

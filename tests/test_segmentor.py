@@ -102,6 +102,18 @@ def test_equals_mmsegmentation_for_other_averages(loss):
     assert_same(make_config('fcn', loss, None))
 
 
+def test_equals_mmsegmentation_where_every_pixel_is_ignored():
+    images, samples = make_batch()
+    for sample in samples:
+        sample.gt_sem_seg.data.fill_(255)
+    results = [
+        model.loss(images, samples) for model in make_pair(make_config('fcn', dict(type='CrossEntropyLoss'), None))
+    ]
+    assert [{name: float(value) for name, value in losses.items()} for losses in results] == [
+        {'decode.loss_ce': 0.0, 'decode.acc_seg': 100.0}
+    ] * 2
+
+
 def test_equals_mmsegmentation_with_two_auxiliary_heads():
     two = [AUXILIARY, dict(AUXILIARY, in_channels=512, in_index=1, loss_decode=dict(type='CrossEntropyLoss'))]
     assert_same(make_config('fcn', dict(type='CrossEntropyLoss'), two))
@@ -113,6 +125,7 @@ def test_equals_mmsegmentation_with_two_auxiliary_heads():
         (dict(loss_decode=dict(type='DiceLoss')), 'DiceLoss is not'),
         (dict(loss_decode=[dict(type='CrossEntropyLoss'), dict(type='DiceLoss')]), 'ModuleList is not'),
         (dict(loss_decode=dict(type='CrossEntropyLoss', use_sigmoid=True)), 'no mean softmax'),
+        (dict(loss_decode=dict(type='CrossEntropyLoss', class_weight=[1.0] * 6 + [-0.5])), 'weight is negative'),
         (dict(sampler=dict(type='OHEMPixelSampler', thresh=0.7, min_kept=100)), 'a sampler chooses'),
         (
             dict(

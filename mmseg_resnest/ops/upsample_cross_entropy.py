@@ -50,7 +50,8 @@ def upsample_cross_entropy(
 
     Returns:
         The loss, a float32 (float64) scalar, 0 if every pixel is ignored; and the percentage of the pixels that are
-        not ignored whose label has the largest logit, a float32 scalar without gradient.
+        not ignored whose label has the largest logit, a float32 scalar without gradient, 100 if every pixel is
+        ignored, as mmsegmentation has it.
 
     Raises:
         ValueError: A shape, dtype or option is not one of those above.
@@ -69,7 +70,7 @@ def upsample_cross_entropy(
     else:
         weights = _mean_over_ranks(weights)
         denominator = torch.where(weights > 0, weights, 1)
-    return total / denominator, 100 * correct / valid.clamp(min=1)
+    return total / denominator, torch.where(valid > 0, 100 * correct / valid, 100)
 
 
 def _check(
