@@ -65,7 +65,9 @@ def speed_up(model: EncoderDecoder, speed: Speed) -> None:
     parameter = next(model.backbone.parameters())
     device, dtype = parameter.device, getattr(torch, speed.dtype)
     if speed.fold:
-        image = torch.linspace(-2, 2, 3 * 96 * 96, device=device, dtype=parameter.dtype).view(1, 3, 96, 96)
+        channels = next(part.in_channels for part in model.backbone.modules() if isinstance(part, nn.Conv2d))
+        image = torch.linspace(-2, 2, channels * 96 * 96, device=device, dtype=parameter.dtype)
+        image = image.view(1, channels, 96, 96)
         fold_batch_norms(model, partial(model._forward if plain else model.extract_feat, image))
     layout = torch.contiguous_format if device.type == 'cpu' else torch.channels_last
     if plain and (speed.dtype != 'float32' or device.type != 'cpu'):

@@ -33,16 +33,17 @@ def test_a_number_format_that_there_is_not():
         Speed(dtype='half')
 
 
-def make_model(head=None):
+def make_model(head=None, channels=3):
     """Returns a small model of ours whose decode head has other options, with settled statistics."""
     torch.manual_seed(0)
     config = make_config('fcn', dict(type='CrossEntropyLoss'), None) | dict(type='mmseg_resnest.EncoderDecoder')
     config['decode_head'] |= head or {}
+    config['backbone']['in_channels'] = channels
     model = MODELS.build(config)
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.momentum = 1
-    model.train()(torch.randn(8, 3, 64, 64))
+    model.train()(torch.randn(8, channels, 64, 64))
     return model.eval()
 
 
@@ -72,6 +73,16 @@ def test_a_head_that_predicts_by_itself_keeps_float32(head, dtype, caplog, monke
     found = torch.stack([sample.seg_logits.data for sample in model.predict(images)])
     assert (found - truth).abs().max() < 1e-3 * truth.abs().max()
     assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in model.backbone.modules())
+
+
+@pytest.mark.parametrize('channels', [1, 4])
+@torch.no_grad()
+def test_images_of_other_channels(channels):
+    images = torch.randn(2, channels, 64, 64)
+    model = make_model(channels=channels)
+    truth = model(images)
+    speed_up(model, Speed())
+    assert (model(images) - truth).abs().max() < 1e-3 * truth.abs().max()
 
 
 @pytest.mark.parametrize('dtype', ['float16', 'bfloat16'])
