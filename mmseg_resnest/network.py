@@ -98,6 +98,7 @@ class GraphedBySize:
         self._graphs: OrderedDict[torch.Size, Network] = OrderedDict()
         self._compiled_sizes: set[torch.Size] = set()
         self._pool: tuple[int, int] | None = None
+        self._stream: torch.cuda.Stream | None = None
 
     def __call__(self, images: Tensor) -> Tensor:
         """Maps images (N, 3, H, W) to logits of their own memory."""
@@ -121,22 +122,26 @@ class GraphedBySize:
 
     def _capture(self, network: Network, images: Tensor) -> Network:
         """Records a run; all graphs share the memory of what is computed inside, for they run one after the other."""
-        self._pool = self._pool or torch.cuda.graph_pool_handle()
-        static = images.clone()
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream), torch.no_grad():
-            for _ in range(3):  # compiles, and lets cuDNN choose
-                network(static)
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        # thread_local: meanwhile a loader's thread may pin memory.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode='thread_local'), torch.no_grad():
-            output = network(static)
+        with torch.inference_mode(False):  # so that replays outside of inference mode may write to it
+            static = images.clone()
+        with torch.cuda.device(images.device):  # which need not be the current one; nor is torch's own capture stream's
+            self._pool = self._pool or torch.cuda.graph_pool_handle()
+            self._stream = stream = self._stream or torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream), torch.no_grad():
+                for _ in range(3):  # compiles, and lets cuDNN choose
+                    network(static)
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            # thread_local: meanwhile a loader's thread may pin memory.
+            capture = torch.cuda.graph(graph, self._pool, stream, capture_error_mode='thread_local')
+            with capture, torch.no_grad():
+                output = network(static)
 
         def replay(images: Tensor) -> Tensor:
-            static.copy_(images)
-            graph.replay()
-            return output.clone()
+            with torch.cuda.device(images.device):
+                static.copy_(images)
+                graph.replay()
+                return output.clone()
 
         return replay

@@ -124,12 +124,14 @@ def test_sizes_that_repeat_are_captured(monkeypatch):
 @pytest.mark.gpu
 @pytest.mark.parametrize('compiles', [False, True])
 def test_graphs_give_what_the_network_gives(compiles):
+    """On a device that need not be the current one; captured in inference mode, and replayed in it and outside."""
     torch.manual_seed(0)
-    conv = torch.nn.Conv2d(3, 8, 3, padding=1).cuda()
+    device = torch.device('cuda', torch.cuda.device_count() - 1)
+    conv = torch.nn.Conv2d(3, 8, 3, padding=1).to(device)
     network = GraphedBySize(lambda images: conv(images).relu(), compiles)
-    with torch.no_grad():
-        for i in range(24):
-            images = torch.randn(1 + i % 2, 3, 32 + 16 * (i % 3), 40, device='cuda')
+    for i in range(36):
+        with torch.inference_mode(i < 24), torch.no_grad():
+            images = torch.randn(1 + i % 2, 3, 32 + 16 * (i % 3), 40, device=device)
             kept = network(images)
             network(torch.zeros_like(images))
             assert torch.allclose(kept, conv(images).relu(), atol=1e-3)
