@@ -273,6 +273,44 @@ def test_testing(trained, tmp_path):
     assert (trained / 'work_dirs' / 'pspnet_resnest50_camvid').is_dir()  # the default
 
 
+EVALUATORS = {
+    'other figures': (['test_evaluator.iou_metrics=[mDice,mIoU]'], r'\nmIoU \S+  mAcc \S+  aAcc \S+  mDice \S+\n$'),
+    'one other figure': (['test_evaluator.iou_metrics=[mDice]'], r'\nmAcc \S+  aAcc \S+  mDice \S+\n$'),
+    'prefix': (['test_evaluator.prefix=val'], r'\nval/mIoU \S+  val/mAcc \S+  val/aAcc \S+\n$'),
+    'no figures': (
+        ['test_evaluator.format_only=True', 'test_evaluator.output_dir=OUT'],
+        r'\nformat_only: no figures, the label maps are in OUT\n$',
+    ),
+}
+
+
+@pytest.mark.parametrize('case', EVALUATORS)
+def test_testing_with_other_figures(case, trained, tmp_path):
+    options, printed = EVALUATORS[case]
+    options = [option.replace('OUT', str(tmp_path / 'out')) for option in options]
+    args = ['--json', tmp_path / 'r.json', '--skip-data-check', *COMMON, *options]
+    out = succeed('test', CAMVID, 'w/iter_2.pth', *args, cwd=trained)
+    assert re.search(printed.replace('OUT', str(tmp_path / 'out')), out)
+    content = json.loads((tmp_path / 'r.json').read_text())
+    figures = re.findall(r'(\S+) (\d+\.\d+)', out.splitlines()[-1])
+    assert {name: f'{content[name]:.2f}' for name, _ in figures} == dict(figures)
+    assert len(list((tmp_path / 'out').glob('*.png'))) == (4 if case == 'no figures' else 0)
+
+
+def test_testing_with_several_evaluators(trained, tmp_path):
+    """Label maps and each class's figures are IoUMetric's, which need not be the first."""
+    (tmp_path / 'config.py').write_text(
+        f'_base_ = {str(CAMVID)!r}\n'
+        f"test_evaluator = [dict(type='DumpResults', out_file_path={str(tmp_path / 'all.pkl')!r}),\n"
+        "    dict(type='mmseg_resnest.IoUMetric', iou_metrics=['mIoU'])]\n"
+    )
+    args = ['--json', tmp_path / 'r.json', '--out', tmp_path / 'out', '--work-dir', tmp_path / 'w', '--skip-data-check']
+    succeed('test', tmp_path / 'config.py', 'w/iter_2.pth', *args, *COMMON, cwd=trained)
+    names = Config.fromfile(CAMVID).metainfo.classes
+    check_json(tmp_path / 'r.json', tmp_path / 'out', trained / 'data/annotations/validation', 4, names, 0)
+    assert (tmp_path / 'all.pkl').stat().st_size > 0
+
+
 @pytest.fixture(scope='module')
 def ade20k_checkpoint(tmp_path_factory):
     """Random weights of a small network of 150 classes."""

@@ -97,19 +97,20 @@ def configure(cfg: Config, args: argparse.Namespace) -> None:
         cfg.model = dict(**cfg.tta_model, module=cfg.model)
     if args.tta == 'authors':
         for dataset in datasets_of(cfg.test_dataloader.dataset):
-            dataset.pipeline = [transform for transform in dataset.pipeline if not _resizes(transform)]
+            dataset.pipeline = [step for step in dataset.pipeline if not _name(step).startswith('Resize')]
         options = dict(type='mmseg_resnest.AuthorsTTAModel') | cfg.get('authors_tta_model', {})
         cfg.model = dict(**options, module=cfg.model)
     if args.out:
-        cfg.test_evaluator.output_dir = args.out
+        evaluators = cfg.test_evaluator if isinstance(cfg.test_evaluator, list) else [cfg.test_evaluator]
+        first = next((e for e in evaluators if _name(e).endswith('IoUMetric')), evaluators[0])
+        first.output_dir = args.out
     if args.show_dir:
         cfg.visualizer.save_dir = args.show_dir
         cfg.default_hooks.visualization.draw = True
 
 
-def _resizes(transform: ConfigDict) -> bool:
-    name = transform.type if isinstance(transform.type, str) else transform.type.__name__
-    return name.rpartition('.')[2].startswith('Resize')
+def _name(part: ConfigDict) -> str:
+    return part.type.rpartition('.')[2] if isinstance(part.type, str) else part.type.__name__
 
 
 def test(args: argparse.Namespace) -> None:
@@ -139,23 +140,39 @@ def test(args: argparse.Namespace) -> None:
         report(metrics, runner, args)
 
 
+FIRST = ('mIoU', 'mAcc', 'aAcc')
+
+
+def _rank(name: str) -> int:
+    name = name.rpartition('/')[2]  # what comes before is the metric's prefix
+    return FIRST.index(name) if name in FIRST else len(FIRST)
+
+
 def report(metrics: dict, runner: Runner, args: argparse.Namespace) -> None:
-    """Prints the figures, and writes them to ``--json``."""
-    names = dict.fromkeys(['mIoU', 'mAcc', 'aAcc', *metrics])
-    figures = {name: float(metrics[name]) for name in names}
-    print('  '.join(f'{name} {value:.2f}' for name, value in figures.items()))
+    """Prints the figures, or where the files are, and writes the figures to ``--json``."""
+    figures = {name: float(metrics[name]) for name in sorted(metrics, key=_rank)}
+    if figures:
+        print('  '.join(f'{name} {value:.2f}' for name, value in figures.items()))
+    for metric in runner.test_evaluator.metrics:
+        if getattr(metric, 'format_only', False):
+            print(f'format_only: no figures, the label maps are in {metric.output_dir}')
     if args.json:
-        metric = runner.test_evaluator.metrics[0]
-        per_class, confusion = getattr(metric, 'per_class', {}), getattr(metric, 'confusion', None)
-        classes = {  # JSON has no nan: a class that does not occur gets null
-            name: {metric: None if math.isnan(value) else value for metric, value in values.items()}
-            for name, values in per_class.items()
-        }
-        content = dict(figures, classes=classes, config=args.config, checkpoint=args.checkpoint, tta=args.tta)
-        if confusion is not None:
-            content['confusion'] = confusion.tolist()  # a row a label, a column a prediction
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(content, indent=1) + '\n')
+        write_json(args.json, figures, runner, args)
+
+
+def write_json(path: Path, figures: dict[str, float], runner: Runner, args: argparse.Namespace) -> None:
+    """Writes the figures, those of each class, and the confusion matrix."""
+    metric = next((m for m in runner.test_evaluator.metrics if hasattr(m, 'confusion')), None)
+    per_class, confusion = getattr(metric, 'per_class', {}), getattr(metric, 'confusion', None)
+    classes = {  # JSON has no nan: a class that does not occur gets null
+        name: {metric: None if math.isnan(value) else value for metric, value in values.items()}
+        for name, values in per_class.items()
+    }
+    content = dict(figures, classes=classes, config=args.config, checkpoint=args.checkpoint, tta=args.tta)
+    if confusion is not None:
+        content['confusion'] = confusion.tolist()  # a row a label, a column a prediction
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=1) + '\n')
 
 
 if __name__ == '__main__':
