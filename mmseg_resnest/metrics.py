@@ -8,7 +8,7 @@ from typing import Any
 import cv2
 import numpy as np
 import torch
-from mmengine.dist import all_reduce, get_rank, get_world_size
+from mmengine.dist import all_gather_object, all_reduce, get_rank, get_world_size
 from mmseg.evaluation import IoUMetric as _IoUMetric
 from numpy import ndarray
 from torch import Tensor
@@ -130,8 +130,7 @@ class IoUMetric(_IoUMetric):
         """Writes the prediction to ``output_dir`` as PNG, with the data set's own numbers."""
         image = sample['img_path']
         path = Path(self.output_dir, os.path.splitext(os.path.basename(image))[0] + '.png')
-        if (other := self._written.setdefault(path, image)) != image:
-            raise ValueError(f'{image} and {other} would both become {path}; expected images of different names')
+        _claim(self._written, path, image)
         # where 0 is what is ignored, the data set's first class is 1
         first = int(bool(sample.get('reduce_zero_label', False)))
         dtype = np.uint8 if len(self.dataset_meta['classes']) + first <= 256 else np.uint16
@@ -147,9 +146,14 @@ class IoUMetric(_IoUMetric):
             size: The number of images in the data set.
 
         Raises:
-            ValueError: Another number of images was counted, or one of the last had values that are no class.
+            ValueError: Another number of images was counted, or one of the last had values that are no class; or
+                predictions of two processes were written to one file.
         """
         self._check_all()
+        everywhere: dict[Path, str] = {}
+        for written in all_gather_object(self._written):
+            for path, image in written.items():
+                _claim(everywhere, path, image)
         metrics = {}
         if not self.format_only:
             self.confusion = self._total(size)
@@ -189,6 +193,11 @@ class IoUMetric(_IoUMetric):
             for i, name in enumerate(self.dataset_meta['classes'])
         }
         return metrics
+
+
+def _claim(written: dict[Path, str], path: Path, image: str) -> None:
+    if (other := written.setdefault(path, image)) != image:
+        raise ValueError(f'{image} and {other} would both become {path}; expected images of different names')
 
 
 def joint_counts(label: Tensor, prediction: Tensor, side: int) -> Tensor:

@@ -1,5 +1,6 @@
 """The metric's figures a class, counted by hand and held against mmsegmentation's."""
 
+import contextlib
 import math
 
 import cv2
@@ -247,6 +248,27 @@ def test_default_sampler_counts_each_image_once(world_size, count, tmp_path):
     mp.spawn(_rank, (world_size, count, str(tmp_path)), nprocs=world_size)
     for rank in range(world_size):
         assert torch.load(tmp_path / f'{rank}.pth').tolist() == [[2**count - 1, 0], [0, 0]]
+
+
+def _writing_rank(rank, world_size, folder):
+    dist.init_process_group('gloo', init_method=f'file://{folder}/store', rank=rank, world_size=world_size)
+    label = dict(data=torch.zeros(1, 2, 2, dtype=torch.uint8))
+    for images, message in (
+        (('x/a.png', 'x/b.png', 'x/a.png'), None),  # the third is the first again, as DefaultSampler has it
+        (('x/a.png', 'y/a.png'), r'^y/a\.png and x/a\.png would both become .*/a\.png; expected images of different'),
+    ):
+        metric = IoUMetric(format_only=True, output_dir=folder)
+        metric.dataset_meta = dict(classes=('a', 'b'))
+        metric.process({}, [dict(img_path=image, pred_sem_seg=label) for image in images[rank::world_size]])
+        with pytest.raises(ValueError, match=message) if message else contextlib.nullcontext():
+            metric.evaluate(2)
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_images_of_one_name_on_two_processes_are_refused(tmp_path):
+    """By both."""
+    mp.spawn(_writing_rank, (2, str(tmp_path)), nprocs=2)
 
 
 @pytest.mark.slow
