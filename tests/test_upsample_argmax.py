@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from mmseg_resnest.ops import Placement, upsample_argmax
+from mmseg_resnest.ops import Placement, place, upsample_argmax
+from mmseg_resnest.ops.placement import row_taps
 
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
 IMPLEMENTATIONS = ('triton', 'exact') if DEVICE == 'cuda' else ('torch', 'triton', 'exact')
@@ -137,6 +138,47 @@ def test_formats(layout, dtype, impl):
         logits = torch.cat([logits, logits], 3)[..., 1:7]
     placement = Placement((12, 48))
     assert_right(upsample_argmax(logits, placement, impl=impl)[0], logits, placement, impl)
+
+
+@pytest.mark.parametrize('impl', IMPLEMENTATIONS)
+@pytest.mark.parametrize('flip', ['horizontal', 'vertical', None])
+def test_an_infinite_logit_stays_where_it_is(flip, impl):
+    """Pixels that it is no part of are as ever; some of them have fewer neighbours than others."""
+    logits, placement = make_logits((1, 4, 4, 4)), Placement((15, 17), via=(16, 16), flip=flip)
+    share = torch.zeros_like(logits[:, :1])
+    share[0, 0, 0, 0] = 1
+    far = place(share, placement)[:, 0] == 0
+    assert far.sum() > 100
+    logits[0, 2, 0, 0] = float('inf')
+    labels, _ = upsample_argmax(logits, placement, impl=impl)
+    assert torch.equal(labels[far].long(), place(logits, placement).argmax(1)[far])
+
+
+def test_taps_without_weight_lie_beside_the_others():
+    taps = row_taps(4, Placement((15, 17), via=(16, 16)), torch.float32, torch.device('cpu'))
+    dense = place(torch.eye(4)[None, :, :, None], Placement((15, 1), via=(16, 1)))[0, :, :, 0].T
+    assert torch.equal(torch.zeros_like(dense).scatter_add_(1, *taps), dense)
+    assert (taps.weight == 0).any()
+    assert (dense.gather(1, taps.index) != 0).all()
+    assert (taps.index.diff(dim=1) >= 0).all()
+
+
+@pytest.mark.parametrize('flip', ['vertical', None])
+@pytest.mark.parametrize('padding', [(0, 0, 0, 0), (1, 2, 3, 4)])
+def test_nothing_resized_is_one_tap(padding, flip):
+    size = 1_000_000  # whose matrix would be 4 TB
+    placement = Placement((size - sum(padding[2:]), 5), (size, 5 + sum(padding[:2])), padding, flip)
+    index, weight = row_taps(size, placement, torch.float32, torch.device('cpu'))
+    rows = torch.arange(size).float()[None, None, :, None].expand(-1, -1, -1, placement.via[1])
+    assert torch.equal(index.float(), place(rows, placement)[0, 0, :, :1])
+    assert torch.equal(weight, torch.ones_like(index, dtype=torch.float32))
+
+
+def test_taps_are_no_inference_tensors():
+    """They are remembered, and the next call may be in no inference mode."""
+    with torch.inference_mode():
+        for placement in (Placement((33, 44)), Placement((9, 9))):
+            assert not any(part.is_inference() for part in row_taps(9, placement, torch.float32, torch.device('cpu')))
 
 
 @pytest.mark.parametrize('impl', [impl for impl in IMPLEMENTATIONS if impl != 'triton'])
