@@ -191,6 +191,13 @@ def test_float64(impl):
     assert (confidence - z.softmax(1).amax(1)).abs().max() < 1e-13
 
 
+def test_the_default_on_other_devices():
+    """Neither the plain path, which is NumPy's, nor Triton runs there; meta tensors have no values to compare."""
+    labels, _ = upsample_argmax(torch.zeros(1, 5, 4, 6, device='meta'), Placement((8, 12)))
+    assert labels.device.type == 'meta'
+    assert labels.shape == (1, 8, 12)
+
+
 @pytest.mark.parametrize('impl', IMPLEMENTATIONS)
 def test_many_classes(impl, monkeypatch):
     monkeypatch.setattr(
@@ -229,6 +236,10 @@ def test_bands_and_segments_give_the_same(monkeypatch):
         (dict(logits=torch.zeros(1, 5, 4, 0)), r'logits \(1, 5, 4, 0\)'),
         (dict(logits=torch.zeros(1, 5, 4, 4, dtype=torch.int64)), 'torch.int64; expected'),
         (dict(impl='cuda'), "impl='cuda'"),
+        (
+            dict(logits=torch.zeros(1, 5, 4, 4).double(), impl='triton'),
+            "impl='triton', logits torch.float64; expected float32 or less, or impl='exact'",
+        ),
         (dict(placement=Placement((8, 8), flip='diagonal')), "flip='diagonal'"),
         (dict(placement=Placement((8, 8), padding=(4, 4, 0, 0))), 'expected a picture inside of the padding'),
         (dict(threshold=0.5), '5 channels, threshold=0.5'),
