@@ -71,6 +71,34 @@ def test_equals_mmsegmentations(iou_metrics):
             assert value == pytest.approx(sum(present) / len(present), abs=0.005), name
 
 
+@pytest.mark.parametrize('ignored', [65535, 256, 254, 3, 0, -1, -100, None])
+@pytest.mark.parametrize('dtype', [torch.int64, torch.int32, torch.uint16, torch.uint8])
+def test_uncommon_labels(dtype, ignored):
+    """Of every dtype that has the ignored label."""
+    if ignored is not None and not torch.iinfo(dtype).min <= ignored <= torch.iinfo(dtype).max:
+        return
+    generator = torch.Generator().manual_seed(0)
+    label, prediction = torch.randint(4, (2, 30, 40), generator=generator)
+    if ignored is not None:
+        label[:7] = ignored
+    found = []
+    for kind in (IoUMetric, mmseg.evaluation.IoUMetric):
+        metric = kind(iou_metrics=['mIoU', 'mFscore'], ignore_index=ignored)
+        metric.dataset_meta = dict(classes=CLASSES)
+        sample = dict(gt_sem_seg=dict(data=label.to(dtype)[None]), pred_sem_seg=dict(data=prediction[None]))
+        metric.process({}, [sample])
+        found.append(metric.evaluate(1))
+    assert found[0] == pytest.approx(found[1], nan_ok=True)
+    assert 20 < found[0]['aAcc'] < 30
+
+
+@pytest.mark.parametrize('ignored', [65535, 256, None])
+def test_uncommon_labels_out_of_range_are_refused(ignored):
+    label = torch.tensor([[0, 1, 70000, 256 if ignored == 65535 else 257]])
+    with pytest.raises(ValueError, match=r'values 25[67], 70000 at 2 pixels; expected 0-3'):
+        process(label, torch.tensor([[0, 1, 2, 3]]), ignore_index=ignored)
+
+
 # -------------------------------------------------------------------------------------------- what cannot be counted
 
 
