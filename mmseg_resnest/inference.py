@@ -109,13 +109,19 @@ def placement_of(sample: SegDataSample, via: tuple[int, int], align_corners: boo
         sample: With the keys of PackSegInputs; its image may be padded or mirrored.
         via: The network's input, padding included, as mmsegmentation's heads resize to it.
         align_corners: The head's.
+
+    Raises:
+        ValueError: It is mirrored, but ``flip_direction`` does not say how.
     """
     meta = sample.metainfo
+    flip = meta.get('flip_direction') if meta.get('flip') else None
+    if meta.get('flip') and flip not in ('horizontal', 'vertical'):
+        raise ValueError(f'{meta.get("img_path")}: flip=True, flip_direction={flip}; expected horizontal or vertical')
     return Placement(
         tuple(meta.get('ori_shape', via))[:2],
         via,
         tuple(meta.get('img_padding_size', meta.get('padding_size', (0, 0, 0, 0)))),
-        meta.get('flip_direction') if meta.get('flip') else None,
+        flip,
         align_corners,
     )
 

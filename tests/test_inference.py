@@ -115,6 +115,13 @@ def test_images_of_different_files_in_a_batch():
     assert_same(predict(ours, batch), predict(theirs, batch))
 
 
+def test_mirrored_nobody_knows_how_is_refused():
+    """mmsegmentation asserts."""
+    _, ours = make_pair('fcn', WHOLE)
+    with pytest.raises(ValueError, match=r'^0: flip=True, flip_direction=None; expected horizontal or vertical$'):
+        predict(ours, make_batch(flip=True, flip_direction=None))
+
+
 def test_without_samples():
     theirs, ours = make_pair('fcn', WHOLE)
     inputs = torch.randn(2, 3, 64, 88)
