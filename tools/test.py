@@ -20,12 +20,13 @@ import torch
 from mmengine.config import Config, ConfigDict
 from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
+from mmseg.registry import MODELS
 from torch import nn
 
 from mmseg_resnest import cli, launch
 from mmseg_resnest.checkpoints import check_options, compare_classes, load_strictly, model_weights, read_checkpoint
 from mmseg_resnest.dataset_check import add_skip_option, check_before_run
-from mmseg_resnest.datasets import check_classes, datasets_of
+from mmseg_resnest.datasets import check_classes, check_folders, datasets_of
 from mmseg_resnest.network import DTYPES, Speed, default_speed, speed_up
 from mmseg_resnest.segmentor import EncoderDecoder
 
@@ -66,8 +67,22 @@ def add_speed(parser: argparse.ArgumentParser) -> None:
     group.add_argument('--compile', action='store_true', help='compile sizes that repeat, one to two minutes each')
 
 
+def check_speed(args: argparse.Namespace) -> None:
+    """Refuses switches that are no use, or that --exact would ignore."""
+    for name, value in (('--batch-size', args.batch_size), ('--dtype', args.dtype), ('--compile', args.compile)):
+        if args.exact and value:
+            raise cli.UsageError(
+                f'{name}: expected not with --exact, which switches off all that makes evaluation fast; drop one'
+            )
+    if args.batch_size is not None and args.batch_size < 1:
+        raise cli.UsageError(f'--batch-size {args.batch_size}: expected 1 or more')
+
+
 def set_exact(cfg: Config) -> None:
     """Switches all of it off."""
+    kind = cfg.model.type if isinstance(cfg.model.type, type) else MODELS.get(cfg.model.type)
+    if isinstance(kind, type) and issubclass(kind, EncoderDecoder):  # mmsegmentation's own has no such switch
+        cfg.model.channels_last = False
     cfg.model.test_cfg.upsample_argmax = 'exact'
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     cfg.test_dataloader.pop('batch_sampler', None)
@@ -117,8 +132,7 @@ def test(args: argparse.Namespace) -> None:
     """Builds the runner that the command line asks for, loads the checkpoint strictly and tests."""
     cfg = cli.load_config(args, 'test_dataloader')
     cli.existing_checkpoint(args.checkpoint)
-    if args.batch_size is not None and (args.batch_size < 1 or args.exact):
-        raise cli.UsageError(f'--batch-size {args.batch_size}: expected 1 or more, and not with --exact, which takes 1')
+    check_speed(args)
     if args.json and args.json.is_dir():
         raise cli.UsageError(f'--json {args.json}: a folder; name a file in it')
     check_classes('test_dataloader', cfg)
@@ -134,7 +148,12 @@ def test(args: argparse.Namespace) -> None:
     load_strictly(model, model_weights(checkpoint), args.checkpoint)
     check_options(checkpoint, model, args.checkpoint)  # parts that a model lacks are told by the keys
     make_fast(model, args)
-    compare_classes(checkpoint, runner.test_dataloader.dataset.metainfo, args.checkpoint)
+    try:
+        loader = runner.test_dataloader
+    except ValueError:  # as MMEngine's of an empty data set, which names no folder
+        check_folders('test_dataloader', cfg.test_dataloader.dataset)
+        raise
+    compare_classes(checkpoint, loader.dataset.metainfo, args.checkpoint)
     metrics = runner.test()
     if runner.rank == 0:
         report(metrics, runner, args)
