@@ -1,7 +1,7 @@
 """Batch norm folded into the convolutions before it, for prediction."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 
 import torch
@@ -11,8 +11,10 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from mmseg_resnest.resnest import SplitAttentionConv2d
 
+Run = Callable[[], Tensor | Sequence[Tensor]]
 
-def fold_batch_norms(model: nn.Module, run: Callable[[], Tensor]) -> int:
+
+def fold_batch_norms(model: nn.Module, run: Run) -> int:
     """Folds every batch norm of a model that follows a convolution into it, for good.
 
     Which follows which is seen in a run: a norm whose input is a convolution's output, both used once. The scale of a
@@ -21,13 +23,13 @@ def fold_batch_norms(model: nn.Module, run: Callable[[], Tensor]) -> int:
 
     Args:
         model: In evaluation mode.
-        run: Runs it on any input; the output is compared.
+        run: Runs it, or a part, on any input; what else is not folded. The output, or each, is compared.
 
     Returns:
         How many were folded.
 
     Raises:
-        ValueError: The output has changed by more than a thousandth of its largest value: something else reads a
+        ValueError: An output has changed by more than a thousandth of its largest value: something else reads a
             convolution's output too. The model is then unusable.
     """
     with _grouped(model), _whole_float32():
@@ -40,7 +42,11 @@ def fold_batch_norms(model: nn.Module, run: Callable[[], Tensor]) -> int:
             if id(child) in folded:
                 setattr(module, name, nn.Identity())
     with torch.no_grad(), _whole_float32():
-        error = (run() - before).abs().max() / before.abs().max().clamp(min=1e-30)
+        errors = [
+            (new - old).abs().max() / old.abs().max().clamp(min=1e-30)
+            for new, old in zip(_listed(run()), _listed(before), strict=True)
+        ]
+    error = torch.stack(errors).max()
     if not error < 1e-3:
         raise ValueError(
             f'folding {len(pairs)} batch norms changed the output by {float(error):.2g} of its largest value; expected '
@@ -48,6 +54,10 @@ def fold_batch_norms(model: nn.Module, run: Callable[[], Tensor]) -> int:
             'Predict without folding'
         )
     return len(pairs)
+
+
+def _listed(output: Tensor | Sequence[Tensor]) -> Sequence[Tensor]:
+    return [output] if isinstance(output, Tensor) else output
 
 
 @contextmanager
@@ -69,7 +79,7 @@ def _whole_float32() -> AbstractContextManager:
     return torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, allow_tf32=False)
 
 
-def _pairs(model: nn.Module, run: Callable[[], Tensor]) -> tuple[list[tuple[nn.Conv2d, _BatchNorm]], Tensor]:
+def _pairs(model: nn.Module, run: Run) -> tuple[list[tuple[nn.Conv2d, _BatchNorm]], Tensor | Sequence[Tensor]]:
     """Returns the convolutions and the norms that read them, and the output of the run."""
     outputs: dict[int, tuple[nn.Conv2d, Tensor]] = {}  # the tensors are kept, so that no other gets their id
     pairs: list[tuple[nn.Conv2d, _BatchNorm]] = []

@@ -1,6 +1,6 @@
 """From the network's logits to data samples, as mmsegmentation's EncoderDecoder does it: whole images and windows."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,10 +25,11 @@ class DeferredLogits(PixelData):
         super().__init__()
         object.__setattr__(self, '_compute', compute)
         object.__setattr__(self, '_shape', shape)
+        self._data_fields.add('data')
 
     def __getattr__(self, name: str) -> Any:
-        """Finds what is not there yet: ``data``."""
-        if name != 'data':
+        """Finds what is not there yet: ``data``, unless it was popped."""
+        if name != 'data' or name not in self._data_fields:
             raise AttributeError(f'{type(self).__name__} has no {name}')
         self.data = self._compute()
         return self.data
@@ -38,17 +39,67 @@ class DeferredLogits(PixelData):
         """Height and width."""
         return self._shape
 
+    def __getitem__(self, item: Sequence[int | slice]) -> PixelData:
+        """Returns a plain part."""
+        return self.clone()[item]
+
     def new(self, **kwargs: Any) -> PixelData:
         """Returns a plain copy, on whatever device or in whatever format it is asked for."""
-        return _plain(self.data).new(**kwargs)
+        return self.clone().new(**kwargs)
+
+    def clone(self) -> PixelData:
+        """Returns a plain copy."""
+        return _plain(self.metainfo, dict(self.items()))
+
+    def pop(self, *args: Any) -> Any:
+        """Computes what it removes."""
+        self.get(args[0])
+        return super().pop(*args)
+
+    def to_dict(self) -> Mapping[str, Any]:
+        """Returns a mapping that computes ``data`` when it is read: MMEngine asks for one of each sample."""
+        return DeferredDict(self)
 
     def __reduce_ex__(self, protocol: int) -> tuple:
         """Lets copies and pickles be plain, too."""
-        return _plain, (self.data,)
+        return _plain, (self.metainfo, dict(self.items()))
 
 
-def _plain(data: Tensor) -> PixelData:
-    return PixelData(data=data)
+def _plain(metainfo: dict, data: dict) -> PixelData:
+    return PixelData(metainfo=metainfo, **data)
+
+
+class DeferredDict(Mapping):
+    """``DeferredLogits`` as metrics get them; copies and pickles are a plain dict.
+
+    Args:
+        logits: Whose fields it has.
+    """
+
+    def __init__(self, logits: DeferredLogits) -> None:
+        self.logits = logits
+
+    def __getitem__(self, key: str) -> Any:
+        """Returns a field, computed if it must be."""
+        if key not in self.logits:
+            raise KeyError(key)
+        return getattr(self.logits, key)
+
+    def __contains__(self, key: object) -> bool:
+        """Whether there is such a field; it is not computed."""
+        return key in self.logits
+
+    def __iter__(self) -> Iterator[str]:
+        """Yields the names of the fields."""
+        return iter(self.logits.all_keys())
+
+    def __len__(self) -> int:
+        """Returns how many fields there are."""
+        return len(self.logits.all_keys())
+
+    def __reduce_ex__(self, protocol: int) -> tuple:
+        """Computes the fields."""
+        return dict, (dict(self),)
 
 
 def placement_of(sample: SegDataSample, via: tuple[int, int], align_corners: bool) -> Placement:
@@ -58,13 +109,19 @@ def placement_of(sample: SegDataSample, via: tuple[int, int], align_corners: boo
         sample: With the keys of PackSegInputs; its image may be padded or mirrored.
         via: The network's input, padding included, as mmsegmentation's heads resize to it.
         align_corners: The head's.
+
+    Raises:
+        ValueError: It is mirrored, but ``flip_direction`` does not say how.
     """
     meta = sample.metainfo
+    flip = meta.get('flip_direction') if meta.get('flip') else None
+    if meta.get('flip') and flip not in ('horizontal', 'vertical'):
+        raise ValueError(f'{meta.get("img_path")}: flip=True, flip_direction={flip}; expected horizontal or vertical')
     return Placement(
         tuple(meta.get('ori_shape', via))[:2],
         via,
         tuple(meta.get('img_padding_size', meta.get('padding_size', (0, 0, 0, 0)))),
-        meta.get('flip_direction') if meta.get('flip') else None,
+        flip,
         align_corners,
     )
 

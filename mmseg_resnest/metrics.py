@@ -8,7 +8,7 @@ from typing import Any
 import cv2
 import numpy as np
 import torch
-from mmengine.dist import all_reduce, get_rank, get_world_size
+from mmengine.dist import all_gather_object, all_reduce, get_rank, get_world_size
 from mmseg.evaluation import IoUMetric as _IoUMetric
 from numpy import ndarray
 from torch import Tensor
@@ -75,8 +75,9 @@ class IoUMetric(_IoUMetric):
         label = label.to(prediction.device)
         if label.shape != prediction.shape:
             self._check(sample)
-        table = joint_counts(label, prediction, max(256, classes, self.ignore_index + 1) + 1)
-        if 0 <= self.ignore_index < len(table):
+        table = joint_counts(label, prediction, max(256, classes) + 1)
+        # Another ignored label is counted with all that lies outside, of which _check tells it.
+        if self.ignore_index is not None and 0 <= self.ignore_index < len(table) - 1:
             table[self.ignore_index, :classes] = 0
         self._last = table[:classes, :classes].clone()
         self._sum = self._last.clone() if self._sum is None else self._sum.add_(self._last.to(self._sum.device))
@@ -104,7 +105,7 @@ class IoUMetric(_IoUMetric):
         """Refuses what mmsegmentation leaves out of the histograms without a word, and counts wrongly."""
         classes = len(self.dataset_meta['classes'])
         image = sample.get('img_path', 'an image without a path')
-        prediction = sample['pred_sem_seg']['data'].squeeze()
+        prediction = _comparable(sample['pred_sem_seg']['data'].squeeze())
         if len(wrong := out_of_range(prediction, classes, None)):
             raise ValueError(
                 f'{image}: the prediction has values {listing(wrong)}; expected {expected_labels(classes, None)}: '
@@ -112,7 +113,7 @@ class IoUMetric(_IoUMetric):
             )
         if self.format_only:
             return
-        label = sample['gt_sem_seg']['data'].squeeze()
+        label = _comparable(sample['gt_sem_seg']['data'].squeeze())
         name = sample.get('seg_map_path', f'the label of {image}')
         if label.shape != prediction.shape:
             raise ValueError(
@@ -130,8 +131,7 @@ class IoUMetric(_IoUMetric):
         """Writes the prediction to ``output_dir`` as PNG, with the data set's own numbers."""
         image = sample['img_path']
         path = Path(self.output_dir, os.path.splitext(os.path.basename(image))[0] + '.png')
-        if (other := self._written.setdefault(path, image)) != image:
-            raise ValueError(f'{image} and {other} would both become {path}; expected images of different names')
+        _claim(self._written, path, image)
         # where 0 is what is ignored, the data set's first class is 1
         first = int(bool(sample.get('reduce_zero_label', False)))
         dtype = np.uint8 if len(self.dataset_meta['classes']) + first <= 256 else np.uint16
@@ -147,9 +147,14 @@ class IoUMetric(_IoUMetric):
             size: The number of images in the data set.
 
         Raises:
-            ValueError: Another number of images was counted, or one of the last had values that are no class.
+            ValueError: Another number of images was counted, or one of the last had values that are no class; or
+                predictions of two processes were written to one file.
         """
         self._check_all()
+        everywhere: dict[Path, str] = {}
+        for written in all_gather_object(self._written):
+            for path, image in written.items():
+                _claim(everywhere, path, image)
         metrics = {}
         if not self.format_only:
             self.confusion = self._total(size)
@@ -191,6 +196,11 @@ class IoUMetric(_IoUMetric):
         return metrics
 
 
+def _claim(written: dict[Path, str], path: Path, image: str) -> None:
+    if (other := written.setdefault(path, image)) != image:
+        raise ValueError(f'{image} and {other} would both become {path}; expected images of different names')
+
+
 def joint_counts(label: Tensor, prediction: Tensor, side: int) -> Tensor:
     """Counts the pixels of each pair of values: ``counts[i, j]`` have label i and prediction j.
 
@@ -212,4 +222,10 @@ def joint_counts(label: Tensor, prediction: Tensor, side: int) -> Tensor:
 def _bounded(values: Tensor, side: int) -> Tensor:
     if values.dtype == torch.uint8:
         return values.int()
+    values = _comparable(values)
     return values.int().where((values >= 0) & (values < side), side - 1)
+
+
+def _comparable(values: Tensor) -> Tensor:
+    """Returns uint16 and larger as int64: torch compares no others without a sign than uint8."""
+    return values if values.dtype.is_signed or values.dtype == torch.uint8 else values.long()

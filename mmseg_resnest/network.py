@@ -2,14 +2,16 @@
 
 from collections import Counter, OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
-from torch import Tensor
+from mmengine.logging import print_log
+from torch import Tensor, nn
 
 from mmseg_resnest.fold import fold_batch_norms
 from mmseg_resnest.optim import DTYPES
-from mmseg_resnest.segmentor import EncoderDecoder
+from mmseg_resnest.segmentor import EncoderDecoder, has_plain_predict
 
 Network = Callable[[Tensor], Tensor]
 REPEATS = 4  # of a size before it is captured, which takes about as long as that many runs
@@ -46,31 +48,39 @@ def default_speed(device: torch.device) -> Speed:
 def speed_up(model: EncoderDecoder, speed: Speed) -> None:
     """Makes a model with all its weights predict as ``speed`` says, for good; it is put into evaluation mode.
 
+    Where the decode head predicts by itself, only what comes before it is folded, and all else stays as it is.
+
     Raises:
         ValueError: Batch norm cannot be folded.
     """
     model.eval()
+    head = model.decode_head
+    plain = has_plain_predict(head)
+    if not plain:
+        speed = replace(speed, dtype='float32', graphs=False)
+        print_log(
+            f'{type(head).__name__} predicts by itself: the network runs in float32, without CUDA graphs',
+            logger='current',
+        )
     parameter = next(model.backbone.parameters())
     device, dtype = parameter.device, getattr(torch, speed.dtype)
     if speed.fold:
-        image = torch.linspace(-2, 2, 3 * 96 * 96, device=device, dtype=parameter.dtype).view(1, 3, 96, 96)
-        fold_batch_norms(model, lambda: model._forward(image))
+        channels = next(part.in_channels for part in model.backbone.modules() if isinstance(part, nn.Conv2d))
+        image = torch.linspace(-2, 2, channels * 96 * 96, device=device, dtype=parameter.dtype)
+        image = image.view(1, channels, 96, 96)
+        fold_batch_norms(model, partial(model._forward if plain else model.extract_feat, image))
     layout = torch.contiguous_format if device.type == 'cpu' else torch.channels_last
-    if speed.dtype != 'float32' or device.type != 'cpu':
-        for part in (model.backbone, model.decode_head, *([model.neck] if model.with_neck else [])):
+    if plain and (speed.dtype != 'float32' or device.type != 'cpu'):
+        for part in (model.backbone, head, *([model.neck] if model.with_neck else [])):
             part.to(dtype=dtype, memory_format=layout)
-    network = _Cast(model._forward, dtype, layout)
-    model.network = GraphedBySize(network, speed.compile) if speed.graphs and device.type == 'cuda' else network
+        model.backbone.register_forward_pre_hook(partial(_cast, dtype, layout))
+    if speed.graphs and device.type == 'cuda':
+        model.network = GraphedBySize(model._forward, speed.compile)
 
 
-class _Cast:
-    """A network whose input is brought to its number format and layout."""
-
-    def __init__(self, network: Network, dtype: torch.dtype, layout: torch.memory_format) -> None:
-        self.network, self.dtype, self.layout = network, dtype, layout
-
-    def __call__(self, images: Tensor) -> Tensor:
-        return self.network(images.to(self.dtype, memory_format=self.layout))
+def _cast(dtype: torch.dtype, layout: torch.memory_format, _: nn.Module, args: tuple) -> tuple:
+    """Brings the images, which are a backbone's first argument, to its number format and layout."""
+    return args[0].to(dtype, memory_format=layout), *args[1:]
 
 
 class GraphedBySize:
@@ -88,6 +98,7 @@ class GraphedBySize:
         self._graphs: OrderedDict[torch.Size, Network] = OrderedDict()
         self._compiled_sizes: set[torch.Size] = set()
         self._pool: tuple[int, int] | None = None
+        self._stream: torch.cuda.Stream | None = None
 
     def __call__(self, images: Tensor) -> Tensor:
         """Maps images (N, 3, H, W) to logits of their own memory."""
@@ -111,22 +122,26 @@ class GraphedBySize:
 
     def _capture(self, network: Network, images: Tensor) -> Network:
         """Records a run; all graphs share the memory of what is computed inside, for they run one after the other."""
-        self._pool = self._pool or torch.cuda.graph_pool_handle()
-        static = images.clone()
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream), torch.no_grad():
-            for _ in range(3):  # compiles, and lets cuDNN choose
-                network(static)
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        # thread_local: meanwhile a loader's thread may pin memory.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode='thread_local'), torch.no_grad():
-            output = network(static)
+        with torch.inference_mode(False):  # so that replays outside of inference mode may write to it
+            static = images.clone()
+        with torch.cuda.device(images.device):  # which need not be the current one; nor is torch's own capture stream's
+            self._pool = self._pool or torch.cuda.graph_pool_handle()
+            self._stream = stream = self._stream or torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream), torch.no_grad():
+                for _ in range(3):  # compiles, and lets cuDNN choose
+                    network(static)
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            # thread_local: meanwhile a loader's thread may pin memory.
+            capture = torch.cuda.graph(graph, self._pool, stream, capture_error_mode='thread_local')
+            with capture, torch.no_grad():
+                output = network(static)
 
         def replay(images: Tensor) -> Tensor:
-            static.copy_(images)
-            graph.replay()
-            return output.clone()
+            with torch.cuda.device(images.device):
+                static.copy_(images)
+                graph.replay()
+                return output.clone()
 
         return replay

@@ -7,7 +7,7 @@ from typing import Any
 
 from mmcv.transforms import LoadImageFromFile
 from mmengine.dist import broadcast_object_list, get_dist_info
-from torch.utils.data import Sampler
+from torch.utils.data import Sampler, Subset
 
 from mmseg_resnest.picture_files import REMEMBERED_FROM, Task, memory_of, read_pictures, recall, remember
 from mmseg_resnest.registry import DATA_SAMPLERS
@@ -22,7 +22,7 @@ class EqualSizeBatchSampler(Sampler):
     together; each image comes once, and a process may get a batch less than another.
 
     Args:
-        sampler: Of which only the data set is taken: one of MMEngine, or one that concatenates such.
+        sampler: Of which only the data set is taken: one of MMEngine, one that concatenates such, or a Subset.
         batch_size: Images in a batch, at most.
     """
 
@@ -63,7 +63,7 @@ def image_sizes(dataset: Any) -> list[tuple[int, int]]:
     """Returns the width and height of each image of a data set as its pipeline loads it; (0, 0) if it is unreadable."""
     loader = _loader(dataset)
     backend, turns = loader.imdecode_backend or 'cv2', loader.color_type in ('color', 'grayscale')
-    paths = [dataset.get_data_info(i)['img_path'] for i in range(len(dataset))]
+    paths = [_path(dataset, i) for i in range(len(dataset))]
     tasks = [Task(path, False, False, backend, turns) for path in dict.fromkeys(paths)]
     if len(tasks) < REMEMBERED_FROM:
         pictures = read_pictures(tasks, title='image sizes')
@@ -74,6 +74,12 @@ def image_sizes(dataset: Any) -> list[tuple[int, int]]:
         if pictures != known:
             remember(memory, pictures)
     return [(picture.width, picture.height) if (picture := pictures[path]) else (0, 0) for path in paths]
+
+
+def _path(dataset: Any, i: int) -> str:
+    if isinstance(dataset, Subset):
+        return _path(dataset.dataset, dataset.indices[i])
+    return dataset.get_data_info(i)['img_path']
 
 
 def _loader(dataset: Any) -> LoadImageFromFile:

@@ -39,6 +39,24 @@ def test_segmentors(head):
         assert (model._forward(x) - truth).abs().max() < 1e-10 * truth.abs().max()
 
 
+def test_each_output_is_compared():
+    """The second one reads the convolution past its norm."""
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
+
+        def forward(self, x):
+            x = self.conv(x)
+            return self.norm(x), x
+
+    x = torch.randn(2, 3, 8, 8)
+    model = settled(Model(), x)
+    with pytest.raises(ValueError, match='folding 1 batch norms changed the output by'):
+        fold_batch_norms(model, lambda: model(x))
+
+
 @pytest.mark.parametrize('execution', EXECUTIONS)
 @pytest.mark.parametrize('options', [dict(radix=1), dict(radix=2, groups=2, base_width=32), dict(avd_first=True)])
 def test_radix_convolutions(options, execution):

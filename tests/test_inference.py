@@ -6,11 +6,13 @@ import pickle
 import pytest
 import torch
 from mmengine.config import ConfigDict
+from mmengine.evaluator import BaseMetric, Evaluator
 from mmengine.structures import PixelData
 from mmseg.registry import MODELS
 from mmseg.structures import SegDataSample
 
 from mmseg_resnest.inference import DeferredLogits
+from mmseg_resnest.metrics import IoUMetric
 
 CLASSES = 7
 HEADS = {
@@ -113,6 +115,13 @@ def test_images_of_different_files_in_a_batch():
     assert_same(predict(ours, batch), predict(theirs, batch))
 
 
+def test_mirrored_nobody_knows_how_is_refused():
+    """mmsegmentation asserts."""
+    _, ours = make_pair('fcn', WHOLE)
+    with pytest.raises(ValueError, match=r'^0: flip=True, flip_direction=None; expected horizontal or vertical$'):
+        predict(ours, make_batch(flip=True, flip_direction=None))
+
+
 def test_without_samples():
     theirs, ours = make_pair('fcn', WHOLE)
     inputs = torch.randn(2, 3, 64, 88)
@@ -154,22 +163,100 @@ def test_a_head_that_predicts_by_itself_takes_mmsegmentations_path():
     assert sample.seg_logits.data[6].unique().tolist() == [-6]
 
 
-def test_deferred_logits_are_plain_once_read():
+def deferred(**metainfo):
+    """Returns a sample whose logits are 0 to 23, and a list of when they were computed."""
     calls = []
 
     def compute():
         calls.append(1)
         return torch.arange(24.0).view(2, 3, 4)
 
-    sample = SegDataSample(seg_logits=DeferredLogits(compute, (3, 4)))
-    assert sample.to_dict()['seg_logits'] == {}
+    logits = DeferredLogits(compute, (3, 4))
+    logits.set_metainfo(metainfo)
+    return SegDataSample(seg_logits=logits), calls
+
+
+def test_deferred_logits_are_plain_once_read():
+    sample, calls = deferred()
+    assert sample.seg_logits.shape == (3, 4)
     assert not calls
     assert sample.seg_logits.data[1, 2, 3] == sample.seg_logits.data.max() == 23
     assert len(calls) == 1
-    assert sample.seg_logits.shape == (3, 4)
-    for change in (copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x)), lambda x: x.cpu(), lambda x: x.numpy()):
-        changed = change(SegDataSample(seg_logits=DeferredLogits(compute, (3, 4)))).seg_logits
-        assert type(changed) is PixelData
-        assert changed.data[1, 2, 3] == 23
     with pytest.raises(AttributeError):
         getattr(sample.seg_logits, 'other')  # noqa: B009
+
+
+@pytest.mark.parametrize(
+    'copied',
+    [copy.copy, copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x)), lambda x: x.clone(), lambda x: x.cpu()],
+)
+def test_copies_of_deferred_logits_are_plain(copied):
+    sample, _ = deferred(scale=2)
+    plain = copied(sample.seg_logits)
+    assert type(plain) is PixelData
+    assert plain.data[1, 2, 3] == 23
+    assert plain.scale == 2
+    assert type(copy.deepcopy(sample).seg_logits) is type(sample.numpy().seg_logits) is PixelData
+
+
+@pytest.mark.parametrize(
+    'read',
+    [
+        lambda x: x.values()[0],
+        lambda x: dict(x.items())['data'],
+        lambda x: dict(x.all_items())['data'],
+        lambda x: x.get('data'),
+        lambda x: x.pop('data'),
+        lambda x: x[:, :].data,
+        lambda x: x[:3, :4].data,
+        lambda x: x.to_dict()['data'],
+        lambda x: SegDataSample(seg_logits=x).to_dict()['seg_logits']['data'],
+        lambda x: dict(**x.to_dict())['data'],
+        lambda x: copy.deepcopy(x.to_dict())['data'],
+        lambda x: pickle.loads(pickle.dumps(x.to_dict()))['data'],
+    ],
+)
+def test_every_way_to_deferred_logits(read):
+    sample, calls = deferred()
+    assert torch.equal(read(sample.seg_logits), torch.arange(24.0).view(2, 3, 4))
+    assert len(calls) == 1
+
+
+def test_deferred_logits_are_not_computed_to_know_their_keys():
+    sample, calls = deferred(scale=2)
+    logits, as_dict = sample.seg_logits, sample.to_dict()['seg_logits']
+    assert logits.keys() == ['data']
+    assert logits.all_keys() == list(as_dict) == ['scale', 'data']
+    assert 'data' in logits
+    assert 'data' in as_dict
+    assert 'other' not in as_dict
+    assert as_dict['scale'] == 2
+    assert as_dict.get('other') is None
+    assert len(as_dict) == 2
+    assert not calls
+    assert logits[:, 1:2].shape == (3, 1)
+    logits.pop('data')
+    assert logits.keys() == []
+    assert 'data' not in sample.to_dict()['seg_logits']
+    with pytest.raises(AttributeError):
+        logits.data  # noqa: B018
+
+
+@pytest.mark.parametrize('reads', [False, True])
+def test_evaluation_computes_logits_where_a_metric_reads_them(reads):
+    class MeanLogit(BaseMetric):
+        def process(self, data_batch, data_samples):
+            self.results += [sample['seg_logits']['data'].mean().item() for sample in data_samples]
+
+        def compute_metrics(self, results):
+            return dict(mean=sum(results) / len(results))
+
+    sample, calls = deferred()
+    labels = torch.zeros(1, 3, 4, dtype=torch.uint8)
+    sample.set_data(dict(pred_sem_seg=PixelData(data=labels), gt_sem_seg=PixelData(data=labels)))
+    evaluator = Evaluator([IoUMetric(), *([MeanLogit()] if reads else [])])
+    evaluator.dataset_meta = dict(classes=('a', 'b'))
+    evaluator.process([sample])
+    figures = evaluator.evaluate(1)
+    assert figures.get('mean') == (11.5 if reads else None)
+    assert len(calls) == reads

@@ -1,5 +1,6 @@
 """The metric's figures a class, counted by hand and held against mmsegmentation's."""
 
+import contextlib
 import math
 
 import cv2
@@ -68,6 +69,34 @@ def test_equals_mmsegmentations(iou_metrics):
         if name != 'aAcc':
             present = [metric.per_class[c][name.removeprefix('m')] for c in AREAS]
             assert value == pytest.approx(sum(present) / len(present), abs=0.005), name
+
+
+@pytest.mark.parametrize('ignored', [65535, 256, 254, 3, 0, -1, -100, None])
+@pytest.mark.parametrize('dtype', [torch.int64, torch.int32, torch.uint16, torch.uint8])
+def test_uncommon_labels(dtype, ignored):
+    """Of every dtype that has the ignored label."""
+    if ignored is not None and not torch.iinfo(dtype).min <= ignored <= torch.iinfo(dtype).max:
+        return
+    generator = torch.Generator().manual_seed(0)
+    label, prediction = torch.randint(4, (2, 30, 40), generator=generator)
+    if ignored is not None:
+        label[:7] = ignored
+    found = []
+    for kind in (IoUMetric, mmseg.evaluation.IoUMetric):
+        metric = kind(iou_metrics=['mIoU', 'mFscore'], ignore_index=ignored)
+        metric.dataset_meta = dict(classes=CLASSES)
+        sample = dict(gt_sem_seg=dict(data=label.to(dtype)[None]), pred_sem_seg=dict(data=prediction[None]))
+        metric.process({}, [sample])
+        found.append(metric.evaluate(1))
+    assert found[0] == pytest.approx(found[1], nan_ok=True)
+    assert 20 < found[0]['aAcc'] < 30
+
+
+@pytest.mark.parametrize('ignored', [65535, 256, None])
+def test_uncommon_labels_out_of_range_are_refused(ignored):
+    label = torch.tensor([[0, 1, 70000, 256 if ignored == 65535 else 257]])
+    with pytest.raises(ValueError, match=r'values 25[67], 70000 at 2 pixels; expected 0-3'):
+        process(label, torch.tensor([[0, 1, 2, 3]]), ignore_index=ignored)
 
 
 # -------------------------------------------------------------------------------------------- what cannot be counted
@@ -247,6 +276,27 @@ def test_default_sampler_counts_each_image_once(world_size, count, tmp_path):
     mp.spawn(_rank, (world_size, count, str(tmp_path)), nprocs=world_size)
     for rank in range(world_size):
         assert torch.load(tmp_path / f'{rank}.pth').tolist() == [[2**count - 1, 0], [0, 0]]
+
+
+def _writing_rank(rank, world_size, folder):
+    dist.init_process_group('gloo', init_method=f'file://{folder}/store', rank=rank, world_size=world_size)
+    label = dict(data=torch.zeros(1, 2, 2, dtype=torch.uint8))
+    for images, message in (
+        (('x/a.png', 'x/b.png', 'x/a.png'), None),  # the third is the first again, as DefaultSampler has it
+        (('x/a.png', 'y/a.png'), r'^y/a\.png and x/a\.png would both become .*/a\.png; expected images of different'),
+    ):
+        metric = IoUMetric(format_only=True, output_dir=folder)
+        metric.dataset_meta = dict(classes=('a', 'b'))
+        metric.process({}, [dict(img_path=image, pred_sem_seg=label) for image in images[rank::world_size]])
+        with pytest.raises(ValueError, match=message) if message else contextlib.nullcontext():
+            metric.evaluate(2)
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_images_of_one_name_on_two_processes_are_refused(tmp_path):
+    """By both."""
+    mp.spawn(_writing_rank, (2, str(tmp_path)), nprocs=2)
 
 
 @pytest.mark.slow

@@ -11,13 +11,16 @@ import pytest
 import torch
 from mmengine.config import Config
 from mmengine.evaluator import Evaluator
+from mmengine.logging import MMLogger
 from mmengine.runner import Runner
 from mmseg.apis import init_model
+from mmseg.registry import MODELS
+from test_segmentor import make_config
 from tiny import ENVIRONMENT, ROOT, run_tool
 
 import mmseg_resnest.network
 from mmseg_resnest import demo
-from mmseg_resnest.network import GraphedBySize, Speed
+from mmseg_resnest.network import DTYPES, GraphedBySize, Speed, speed_up
 
 CONFIG = ROOT / 'configs' / 'pspnet_resnest14_demo.py'
 CLASSES = 12
@@ -28,6 +31,76 @@ OPTIONS += ['param_scheduler.0.end=180', 'default_hooks.checkpoint.interval=180'
 def test_a_number_format_that_there_is_not():
     with pytest.raises(ValueError, match="dtype='half'; expected one of bfloat16, float16, float32"):
         Speed(dtype='half')
+
+
+def make_model(head=None, channels=3):
+    """Returns a small model of ours whose decode head has other options, with settled statistics."""
+    torch.manual_seed(0)
+    config = make_config('fcn', dict(type='CrossEntropyLoss'), None) | dict(type='mmseg_resnest.EncoderDecoder')
+    config['decode_head'] |= head or {}
+    config['backbone']['in_channels'] = channels
+    model = MODELS.build(config)
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.momentum = 1
+    model.train()(torch.randn(8, channels, 64, 64))
+    return model.eval()
+
+
+BY_THEMSELVES = {
+    'DAHead': dict(type='DAHead', pam_channels=8),
+    'EncHead': dict(
+        type='EncHead',
+        in_channels=[1024, 2048],
+        in_index=(2, 3),
+        num_codes=4,
+        loss_se_decode=dict(type='CrossEntropyLoss', use_sigmoid=True),
+    ),
+}
+
+
+@pytest.mark.parametrize('dtype', DTYPES)
+@pytest.mark.parametrize('head', BY_THEMSELVES)
+@torch.no_grad()
+def test_a_head_that_predicts_by_itself_keeps_float32(head, dtype, caplog, monkeypatch):
+    """Its output is a tuple."""
+    monkeypatch.setattr(MMLogger.get_current_instance(), 'handlers', [caplog.handler])
+    images = torch.randn(2, 3, 64, 64)
+    model = make_model(BY_THEMSELVES[head])
+    truth = torch.stack([sample.seg_logits.data for sample in model.predict(images)])
+    speed_up(model, Speed(dtype=dtype))
+    assert f'{head} predicts by itself: the network runs in float32, without CUDA graphs' in caplog.text
+    found = torch.stack([sample.seg_logits.data for sample in model.predict(images)])
+    assert (found - truth).abs().max() < 1e-3 * truth.abs().max()
+    assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in model.backbone.modules())
+
+
+@pytest.mark.parametrize('channels', [1, 4])
+@torch.no_grad()
+def test_images_of_other_channels(channels):
+    images = torch.randn(2, channels, 64, 64)
+    model = make_model(channels=channels)
+    truth = model(images)
+    speed_up(model, Speed())
+    assert (model(images) - truth).abs().max() < 1e-3 * truth.abs().max()
+
+
+@pytest.mark.parametrize('dtype', ['float16', 'bfloat16'])
+@torch.no_grad()
+def test_every_way_into_a_network_of_half_precision(dtype):
+    images = torch.randn(2, 3, 64, 64)
+    model = make_model()
+    ways = (
+        lambda: model(images, mode='tensor'),
+        lambda: model.low_resolution_logits(images),
+        lambda: model.encode_decode(images, [dict(img_shape=(64, 64))] * 2),
+    )
+    truths = [way() for way in ways]
+    speed_up(model, Speed(dtype=dtype))
+    for way, truth in zip(ways, truths, strict=True):
+        found = way()
+        assert found.dtype == getattr(torch, dtype)
+        assert (found - truth).norm() < 0.1 * truth.norm()
 
 
 def test_sizes_that_repeat_are_captured(monkeypatch):
@@ -51,12 +124,14 @@ def test_sizes_that_repeat_are_captured(monkeypatch):
 @pytest.mark.gpu
 @pytest.mark.parametrize('compiles', [False, True])
 def test_graphs_give_what_the_network_gives(compiles):
+    """On a device that need not be the current one; captured in inference mode, and replayed in it and outside."""
     torch.manual_seed(0)
-    conv = torch.nn.Conv2d(3, 8, 3, padding=1).cuda()
+    device = torch.device('cuda', torch.cuda.device_count() - 1)
+    conv = torch.nn.Conv2d(3, 8, 3, padding=1).to(device)
     network = GraphedBySize(lambda images: conv(images).relu(), compiles)
-    with torch.no_grad():
-        for i in range(24):
-            images = torch.randn(1 + i % 2, 3, 32 + 16 * (i % 3), 40, device='cuda')
+    for i in range(36):
+        with torch.inference_mode(i < 24), torch.no_grad():
+            images = torch.randn(1 + i % 2, 3, 32 + 16 * (i % 3), 40, device=device)
             kept = network(images)
             network(torch.zeros_like(images))
             assert torch.allclose(kept, conv(images).relu(), atol=1e-3)

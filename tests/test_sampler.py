@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from mmengine.dataset import ConcatDataset
 from mmseg.datasets import BaseSegDataset
+from torch.utils.data import Subset
 
 import mmseg_resnest.sampler
 from mmseg_resnest.sampler import EqualSizeBatchSampler, equal_size_batches, image_sizes
@@ -79,6 +80,13 @@ def test_sizes_are_those_after_loading(tmp_path):
     assert image_sizes(both) == [(40, 60), (30, 20), (0, 0), (10, 70)]
     for i, size in enumerate(image_sizes(data_set)[:2]):
         assert data_set[i]['img'].shape[1::-1] == size
+
+
+def test_a_part_of_a_data_set(tmp_path):
+    data_set = make_data_set(tmp_path, [(60, 40), (30, 20), (50, 50), (10, 70)])
+    part = Subset(data_set, [3, 0, 1])
+    assert image_sizes(part) == [(10, 70), (60, 40), (30, 20)]
+    assert image_sizes(Subset(part, [2, 0])) == [(30, 20), (10, 70)]
 
 
 def test_sizes_are_remembered(tmp_path, monkeypatch):

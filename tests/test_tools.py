@@ -21,6 +21,8 @@ from mmseg.datasets import ADE20KDataset
 from mmseg.registry import MODELS
 from tiny import CAMVID, CLASSES, ENVIRONMENT, OPTIONS, ROOT, Payload, run_tool, write_data_set
 
+from mmseg_resnest.segmentor import EncoderDecoder
+
 ADE20K = ROOT / 'configs' / 'pspnet_resnest50_ade20k.py'
 # Nobody answers there: weights that are not in the cache cannot be had.
 OFFLINE = dict(https_proxy='http://127.0.0.1:9', http_proxy='http://127.0.0.1:9', all_proxy='', no_proxy='')
@@ -273,6 +275,56 @@ def test_testing(trained, tmp_path):
     assert (trained / 'work_dirs' / 'pspnet_resnest50_camvid').is_dir()  # the default
 
 
+@pytest.mark.parametrize('kind', ['mmseg_resnest.EncoderDecoder', 'mmseg.EncoderDecoder', EncoderDecoder])
+def test_exact_leaves_the_layout_of_weights_as_it_is(kind, monkeypatch):
+    """On a GPU ours would make them channels-last."""
+    monkeypatch.setattr(torch.backends.cudnn, 'allow_tf32', True)
+    cfg = Config.fromfile(CAMVID)
+    cfg.model.backbone.update(depth=14, init_cfg=None)
+    cfg.model.type = kind
+    runpy.run_path(str(ROOT / 'tools' / 'test.py'))['set_exact'](cfg)
+    with DefaultScope.overwrite_default_scope('mmseg'):
+        assert not getattr(MODELS.build(cfg.model), 'channels_last', False)
+
+
+EVALUATORS = {
+    'other figures': (['test_evaluator.iou_metrics=[mDice,mIoU]'], r'\nmIoU \S+  mAcc \S+  aAcc \S+  mDice \S+\n$'),
+    'one other figure': (['test_evaluator.iou_metrics=[mDice]'], r'\nmAcc \S+  aAcc \S+  mDice \S+\n$'),
+    'prefix': (['test_evaluator.prefix=val'], r'\nval/mIoU \S+  val/mAcc \S+  val/aAcc \S+\n$'),
+    'no figures': (
+        ['test_evaluator.format_only=True', 'test_evaluator.output_dir=OUT'],
+        r'\nformat_only: no figures, the label maps are in OUT\n$',
+    ),
+}
+
+
+@pytest.mark.parametrize('case', EVALUATORS)
+def test_testing_with_other_figures(case, trained, tmp_path):
+    options, printed = EVALUATORS[case]
+    options = [option.replace('OUT', str(tmp_path / 'out')) for option in options]
+    args = ['--json', tmp_path / 'r.json', '--skip-data-check', *COMMON, *options]
+    out = succeed('test', CAMVID, 'w/iter_2.pth', *args, cwd=trained)
+    assert re.search(printed.replace('OUT', str(tmp_path / 'out')), out)
+    content = json.loads((tmp_path / 'r.json').read_text())
+    figures = re.findall(r'(\S+) (\d+\.\d+)', out.splitlines()[-1])
+    assert {name: f'{content[name]:.2f}' for name, _ in figures} == dict(figures)
+    assert len(list((tmp_path / 'out').glob('*.png'))) == (4 if case == 'no figures' else 0)
+
+
+def test_testing_with_several_evaluators(trained, tmp_path):
+    """Label maps and each class's figures are IoUMetric's, which need not be the first."""
+    (tmp_path / 'config.py').write_text(
+        f'_base_ = {str(CAMVID)!r}\n'
+        f"test_evaluator = [dict(type='DumpResults', out_file_path={str(tmp_path / 'all.pkl')!r}),\n"
+        "    dict(type='mmseg_resnest.IoUMetric', iou_metrics=['mIoU'])]\n"
+    )
+    args = ['--json', tmp_path / 'r.json', '--out', tmp_path / 'out', '--work-dir', tmp_path / 'w', '--skip-data-check']
+    succeed('test', tmp_path / 'config.py', 'w/iter_2.pth', *args, *COMMON, cwd=trained)
+    names = Config.fromfile(CAMVID).metainfo.classes
+    check_json(tmp_path / 'r.json', tmp_path / 'out', trained / 'data/annotations/validation', 4, names, 0)
+    assert (tmp_path / 'all.pkl').stat().st_size > 0
+
+
 @pytest.fixture(scope='module')
 def ade20k_checkpoint(tmp_path_factory):
     """Random weights of a small network of 150 classes."""
@@ -384,6 +436,20 @@ BAD_INPUT = {
         [CAMVID, '--resume', 'none.pth', *COMMON],
         'none.pth: there is no such checkpoint',
     ),
+    'exact and another format': (
+        2,
+        'test',
+        [CAMVID, 'w/iter_2.pth', '--exact', '--dtype', 'bfloat16', *COMMON],
+        '--dtype: expected not with --exact, which switches off all that makes evaluation fast',
+    ),
+    'exact and compiled': (2, 'test', [CAMVID, 'w/iter_2.pth', '--exact', '--compile', *COMMON], '--compile: expected'),
+    'exact and batches': (
+        2,
+        'test',
+        [CAMVID, 'w/iter_2.pth', '--exact', '--batch-size', '2', *COMMON],
+        '--batch-size: expected not with --exact',
+    ),
+    'no batch': (2, 'test', [CAMVID, 'w/iter_2.pth', '--batch-size', '0', *COMMON], '--batch-size 0: expected 1 or mo'),
     'no augmentation': (2, 'test', [CAMVID, 'w/iter_2.pth', '--tta', *COMMON], 'has no tta_pipeline'),
     'unknown augmentation': (2, 'test', [CAMVID, 'w/iter_2.pth', '--tta', 'flip'], "--tta: invalid choice: 'flip'"),
     'no data root': (1, 'train', [CAMVID, '--data-root', 'none'], "data_root 'none' does not exist. Put the data set"),
@@ -464,10 +530,11 @@ def test_testing_stops_at_bad_data(row, trained, tmp_path, monkeypatch):
     assert 'mIoU' not in done.stdout
 
 
-def test_testing_an_empty_folder(trained, tmp_path):
+@pytest.mark.parametrize('skipped', [[], ['--skip-data-check']])
+def test_testing_an_empty_folder(skipped, trained, tmp_path):
     for kind in ('images', 'annotations'):
         (tmp_path / 'data' / kind / 'validation').mkdir(parents=True)
-    done = run_tool('test', CAMVID, trained / 'w' / 'iter_2.pth', *COMMON, cwd=tmp_path)
+    done = run_tool('test', CAMVID, trained / 'w' / 'iter_2.pth', *skipped, *COMMON, cwd=tmp_path)
     assert done.returncode == 1
     assert (
         'test.py: error: test_dataloader.dataset: data/images/validation holds no *.jpg (found: nothing). Put the data '

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from mmseg_resnest.ops import Placement, upsample_argmax
+from mmseg_resnest.ops import Placement, place, upsample_argmax
+from mmseg_resnest.ops.placement import row_taps
 
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
 IMPLEMENTATIONS = ('triton', 'exact') if DEVICE == 'cuda' else ('torch', 'triton', 'exact')
@@ -139,6 +140,47 @@ def test_formats(layout, dtype, impl):
     assert_right(upsample_argmax(logits, placement, impl=impl)[0], logits, placement, impl)
 
 
+@pytest.mark.parametrize('impl', IMPLEMENTATIONS)
+@pytest.mark.parametrize('flip', ['horizontal', 'vertical', None])
+def test_an_infinite_logit_stays_where_it_is(flip, impl):
+    """Pixels that it is no part of are as ever; some of them have fewer neighbours than others."""
+    logits, placement = make_logits((1, 4, 4, 4)), Placement((15, 17), via=(16, 16), flip=flip)
+    share = torch.zeros_like(logits[:, :1])
+    share[0, 0, 0, 0] = 1
+    far = place(share, placement)[:, 0] == 0
+    assert far.sum() > 100
+    logits[0, 2, 0, 0] = float('inf')
+    labels, _ = upsample_argmax(logits, placement, impl=impl)
+    assert torch.equal(labels[far].long(), place(logits, placement).argmax(1)[far])
+
+
+def test_taps_without_weight_lie_beside_the_others():
+    taps = row_taps(4, Placement((15, 17), via=(16, 16)), torch.float32, torch.device('cpu'))
+    dense = place(torch.eye(4)[None, :, :, None], Placement((15, 1), via=(16, 1)))[0, :, :, 0].T
+    assert torch.equal(torch.zeros_like(dense).scatter_add_(1, *taps), dense)
+    assert (taps.weight == 0).any()
+    assert (dense.gather(1, taps.index) != 0).all()
+    assert (taps.index.diff(dim=1) >= 0).all()
+
+
+@pytest.mark.parametrize('flip', ['vertical', None])
+@pytest.mark.parametrize('padding', [(0, 0, 0, 0), (1, 2, 3, 4)])
+def test_nothing_resized_is_one_tap(padding, flip):
+    size = 1_000_000  # whose matrix would be 4 TB
+    placement = Placement((size - sum(padding[2:]), 5), (size, 5 + sum(padding[:2])), padding, flip)
+    index, weight = row_taps(size, placement, torch.float32, torch.device('cpu'))
+    rows = torch.arange(size).float()[None, None, :, None].expand(-1, -1, -1, placement.via[1])
+    assert torch.equal(index.float(), place(rows, placement)[0, 0, :, :1])
+    assert torch.equal(weight, torch.ones_like(index, dtype=torch.float32))
+
+
+def test_taps_are_no_inference_tensors():
+    """They are remembered, and the next call may be in no inference mode."""
+    with torch.inference_mode():
+        for placement in (Placement((33, 44)), Placement((9, 9))):
+            assert not any(part.is_inference() for part in row_taps(9, placement, torch.float32, torch.device('cpu')))
+
+
 @pytest.mark.parametrize('impl', [impl for impl in IMPLEMENTATIONS if impl != 'triton'])
 def test_float64(impl):
     logits = make_logits((1, 5, 4, 6), torch.float64)
@@ -147,6 +189,13 @@ def test_float64(impl):
     z = mmseg_logits(logits, placement)
     assert torch.equal(labels.long(), z.argmax(1))
     assert (confidence - z.softmax(1).amax(1)).abs().max() < 1e-13
+
+
+def test_the_default_on_other_devices():
+    """Neither the plain path, which is NumPy's, nor Triton runs there; meta tensors have no values to compare."""
+    labels, _ = upsample_argmax(torch.zeros(1, 5, 4, 6, device='meta'), Placement((8, 12)))
+    assert labels.device.type == 'meta'
+    assert labels.shape == (1, 8, 12)
 
 
 @pytest.mark.parametrize('impl', IMPLEMENTATIONS)
@@ -187,6 +236,10 @@ def test_bands_and_segments_give_the_same(monkeypatch):
         (dict(logits=torch.zeros(1, 5, 4, 0)), r'logits \(1, 5, 4, 0\)'),
         (dict(logits=torch.zeros(1, 5, 4, 4, dtype=torch.int64)), 'torch.int64; expected'),
         (dict(impl='cuda'), "impl='cuda'"),
+        (
+            dict(logits=torch.zeros(1, 5, 4, 4).double(), impl='triton'),
+            "impl='triton', logits torch.float64; expected float32 or less, or impl='exact'",
+        ),
         (dict(placement=Placement((8, 8), flip='diagonal')), "flip='diagonal'"),
         (dict(placement=Placement((8, 8), padding=(4, 4, 0, 0))), 'expected a picture inside of the padding'),
         (dict(threshold=0.5), '5 channels, threshold=0.5'),

@@ -20,12 +20,13 @@ import torch
 from mmengine.config import Config, ConfigDict
 from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
+from mmseg.registry import MODELS
 from torch import nn
 
 from mmseg_resnest import cli, launch
 from mmseg_resnest.checkpoints import check_options, compare_classes, load_strictly, model_weights, read_checkpoint
 from mmseg_resnest.dataset_check import add_skip_option, check_before_run
-from mmseg_resnest.datasets import check_classes, datasets_of
+from mmseg_resnest.datasets import check_classes, check_folders, datasets_of
 from mmseg_resnest.network import DTYPES, Speed, default_speed, speed_up
 from mmseg_resnest.segmentor import EncoderDecoder
 
@@ -66,8 +67,22 @@ def add_speed(parser: argparse.ArgumentParser) -> None:
     group.add_argument('--compile', action='store_true', help='compile sizes that repeat, one to two minutes each')
 
 
+def check_speed(args: argparse.Namespace) -> None:
+    """Refuses switches that are no use, or that --exact would ignore."""
+    for name, value in (('--batch-size', args.batch_size), ('--dtype', args.dtype), ('--compile', args.compile)):
+        if args.exact and value:
+            raise cli.UsageError(
+                f'{name}: expected not with --exact, which switches off all that makes evaluation fast; drop one'
+            )
+    if args.batch_size is not None and args.batch_size < 1:
+        raise cli.UsageError(f'--batch-size {args.batch_size}: expected 1 or more')
+
+
 def set_exact(cfg: Config) -> None:
     """Switches all of it off."""
+    kind = cfg.model.type if isinstance(cfg.model.type, type) else MODELS.get(cfg.model.type)
+    if isinstance(kind, type) and issubclass(kind, EncoderDecoder):  # mmsegmentation's own has no such switch
+        cfg.model.channels_last = False
     cfg.model.test_cfg.upsample_argmax = 'exact'
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     cfg.test_dataloader.pop('batch_sampler', None)
@@ -97,27 +112,27 @@ def configure(cfg: Config, args: argparse.Namespace) -> None:
         cfg.model = dict(**cfg.tta_model, module=cfg.model)
     if args.tta == 'authors':
         for dataset in datasets_of(cfg.test_dataloader.dataset):
-            dataset.pipeline = [transform for transform in dataset.pipeline if not _resizes(transform)]
+            dataset.pipeline = [step for step in dataset.pipeline if not _name(step).startswith('Resize')]
         options = dict(type='mmseg_resnest.AuthorsTTAModel') | cfg.get('authors_tta_model', {})
         cfg.model = dict(**options, module=cfg.model)
     if args.out:
-        cfg.test_evaluator.output_dir = args.out
+        evaluators = cfg.test_evaluator if isinstance(cfg.test_evaluator, list) else [cfg.test_evaluator]
+        first = next((e for e in evaluators if _name(e).endswith('IoUMetric')), evaluators[0])
+        first.output_dir = args.out
     if args.show_dir:
         cfg.visualizer.save_dir = args.show_dir
         cfg.default_hooks.visualization.draw = True
 
 
-def _resizes(transform: ConfigDict) -> bool:
-    name = transform.type if isinstance(transform.type, str) else transform.type.__name__
-    return name.rpartition('.')[2].startswith('Resize')
+def _name(part: ConfigDict) -> str:
+    return part.type.rpartition('.')[2] if isinstance(part.type, str) else part.type.__name__
 
 
 def test(args: argparse.Namespace) -> None:
     """Builds the runner that the command line asks for, loads the checkpoint strictly and tests."""
     cfg = cli.load_config(args, 'test_dataloader')
     cli.existing_checkpoint(args.checkpoint)
-    if args.batch_size is not None and (args.batch_size < 1 or args.exact):
-        raise cli.UsageError(f'--batch-size {args.batch_size}: expected 1 or more, and not with --exact, which takes 1')
+    check_speed(args)
     if args.json and args.json.is_dir():
         raise cli.UsageError(f'--json {args.json}: a folder; name a file in it')
     check_classes('test_dataloader', cfg)
@@ -133,29 +148,50 @@ def test(args: argparse.Namespace) -> None:
     load_strictly(model, model_weights(checkpoint), args.checkpoint)
     check_options(checkpoint, model, args.checkpoint)  # parts that a model lacks are told by the keys
     make_fast(model, args)
-    compare_classes(checkpoint, runner.test_dataloader.dataset.metainfo, args.checkpoint)
+    try:
+        loader = runner.test_dataloader
+    except ValueError:  # as MMEngine's of an empty data set, which names no folder
+        check_folders('test_dataloader', cfg.test_dataloader.dataset)
+        raise
+    compare_classes(checkpoint, loader.dataset.metainfo, args.checkpoint)
     metrics = runner.test()
     if runner.rank == 0:
         report(metrics, runner, args)
 
 
+FIRST = ('mIoU', 'mAcc', 'aAcc')
+
+
+def _rank(name: str) -> int:
+    name = name.rpartition('/')[2]  # what comes before is the metric's prefix
+    return FIRST.index(name) if name in FIRST else len(FIRST)
+
+
 def report(metrics: dict, runner: Runner, args: argparse.Namespace) -> None:
-    """Prints the figures, and writes them to ``--json``."""
-    names = dict.fromkeys(['mIoU', 'mAcc', 'aAcc', *metrics])
-    figures = {name: float(metrics[name]) for name in names}
-    print('  '.join(f'{name} {value:.2f}' for name, value in figures.items()))
+    """Prints the figures, or where the files are, and writes the figures to ``--json``."""
+    figures = {name: float(metrics[name]) for name in sorted(metrics, key=_rank)}
+    if figures:
+        print('  '.join(f'{name} {value:.2f}' for name, value in figures.items()))
+    for metric in runner.test_evaluator.metrics:
+        if getattr(metric, 'format_only', False):
+            print(f'format_only: no figures, the label maps are in {metric.output_dir}')
     if args.json:
-        metric = runner.test_evaluator.metrics[0]
-        per_class, confusion = getattr(metric, 'per_class', {}), getattr(metric, 'confusion', None)
-        classes = {  # JSON has no nan: a class that does not occur gets null
-            name: {metric: None if math.isnan(value) else value for metric, value in values.items()}
-            for name, values in per_class.items()
-        }
-        content = dict(figures, classes=classes, config=args.config, checkpoint=args.checkpoint, tta=args.tta)
-        if confusion is not None:
-            content['confusion'] = confusion.tolist()  # a row a label, a column a prediction
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(content, indent=1) + '\n')
+        write_json(args.json, figures, runner, args)
+
+
+def write_json(path: Path, figures: dict[str, float], runner: Runner, args: argparse.Namespace) -> None:
+    """Writes the figures, those of each class, and the confusion matrix."""
+    metric = next((m for m in runner.test_evaluator.metrics if hasattr(m, 'confusion')), None)
+    per_class, confusion = getattr(metric, 'per_class', {}), getattr(metric, 'confusion', None)
+    classes = {  # JSON has no nan: a class that does not occur gets null
+        name: {metric: None if math.isnan(value) else value for metric, value in values.items()}
+        for name, values in per_class.items()
+    }
+    content = dict(figures, classes=classes, config=args.config, checkpoint=args.checkpoint, tta=args.tta)
+    if confusion is not None:
+        content['confusion'] = confusion.tolist()  # a row a label, a column a prediction
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=1) + '\n')
 
 
 if __name__ == '__main__':

@@ -32,7 +32,7 @@ class Taps(NamedTuple):
     """An axis as a sparse matrix: ``out[i] = sum_t weight[i, t] * x[index[i, t]]``.
 
     Attributes:
-        index: (out_size, T) int64, rising.
+        index: (out_size, T) int64, rising; at the end the last may repeat, without weight.
         weight: (out_size, T), of the logits' dtype.
     """
 
@@ -62,15 +62,24 @@ def _resize(x: Tensor, size: tuple[int, int], align_corners: bool) -> Tensor:
 
 
 @lru_cache(maxsize=256)
+@torch.inference_mode(False)  # the taps are remembered, and the next call may be in no inference mode
 def row_taps(height: int, placement: Placement, dtype: torch.dtype, device: torch.device) -> Taps:
     """Returns how the rows of pixels come from ``height`` rows of logits: what torch makes of unit vectors."""
     (size, _), via = placement.size, placement.via and (placement.via[0], 1)
     flip = placement.flip if placement.flip == 'vertical' else None
-    along = Placement((size, 1), via, (0, 0, *placement.padding[2:]), flip, placement.align_corners)
+    top, bottom = placement.padding[2:]
+    if height == (via[0] if via else size) == size + top + bottom:  # nothing is resized
+        index = torch.arange(top, top + size, device=device)
+        index = index if flip is None else index.flip(0)
+        return Taps(index[:, None], torch.ones(size, 1, dtype=dtype, device=device))
+    along = Placement((size, 1), via, (0, 0, top, bottom), flip, placement.align_corners)
     matrix = place(torch.eye(height, dtype=dtype, device=device)[None, :, :, None], along)[0, :, :, 0].T.contiguous()
-    most = int((matrix != 0).sum(1).max())
-    index = (matrix != 0).byte().argsort(dim=1, descending=True, stable=True)[:, :most].sort(1).values
-    return Taps(index, matrix.gather(1, index))
+    used = matrix != 0
+    count = used.sum(1, keepdim=True)
+    tap = torch.arange(int(count.max()), device=device)
+    # Taps that a row does not need lie at its last one: elsewhere 0 times infinity would make it nan.
+    index = used.byte().argsort(dim=1, descending=True, stable=True).gather(1, tap.minimum(count - 1))
+    return Taps(index, matrix.gather(1, index).where(tap < count, 0))
 
 
 @lru_cache(maxsize=256)

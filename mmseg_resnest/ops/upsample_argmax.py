@@ -32,8 +32,9 @@ def upsample_argmax(
         placement: How the logits come to lie on the image.
         threshold: Of the probability, for one channel.
         confidence: Whether the probabilities are wanted.
-        impl: ``'triton'``; ``'torch'``, on the CPU; or ``'exact'``, with torch's own interpolation, a few classes at a
-            time, anywhere. None: Triton on a GPU, the plain path on a CPU, the exact one for float64 on a GPU.
+        impl: ``'triton'``, not for float64; ``'torch'``, on the CPU; or ``'exact'``, with torch's own interpolation, a
+            few classes at a time, anywhere. None: the plain path on a CPU, Triton on an NVIDIA or AMD GPU but for
+            float64, else the exact one.
 
     Returns:
         Labels (N, H, W), uint8 for up to 256 classes, else int64; and their confidence (N, H, W), float32 (float64),
@@ -44,7 +45,8 @@ def upsample_argmax(
     """
     _check(logits, placement, threshold, impl)
     if impl is None:
-        impl = 'torch' if logits.device.type == 'cpu' else 'exact' if logits.dtype == torch.float64 else 'triton'
+        impl = {'cpu': 'torch', 'cuda': 'triton'}.get(logits.device.type, 'exact')
+        impl = 'exact' if impl == 'triton' and logits.dtype == torch.float64 else impl
     if impl == 'triton':
         from mmseg_resnest.ops.upsample_argmax_triton import labels_and_confidence
     else:
@@ -64,6 +66,10 @@ def _check(logits: Tensor, placement: Placement, threshold: float | None, impl: 
         )
     if impl == 'torch' and logits.device.type != 'cpu':
         raise ValueError(f"upsample_argmax: impl='torch', logits on {logits.device}; expected a CPU")
+    if impl == 'triton' and logits.dtype == torch.float64:
+        raise ValueError(
+            f"upsample_argmax: impl='triton', logits {logits.dtype}; expected float32 or less, or impl='exact'"
+        )
     left, right, top, bottom = placement.padding
     height, width = placement.via or placement.size
     if min(*placement.padding, *placement.size, height - top - bottom - 1, width - left - right - 1) < 0:

@@ -77,10 +77,11 @@ def argmax_kernel(
 
 
 def _even(taps: Taps) -> Taps:
-    """Adds taps without weight, so that there are a power of two."""
+    """Repeats the last tap without weight, so that there are a power of two."""
     count = taps.index.shape[1]
     missing = triton.next_power_of_2(count) - count
-    return Taps(*(F.pad(part, (0, missing)) for part in taps)) if missing else taps
+    index = torch.cat([taps.index, taps.index[:, -1:].expand(-1, missing)], 1)
+    return Taps(index, F.pad(taps.weight, (0, missing)))
 
 
 def labels_and_confidence(
