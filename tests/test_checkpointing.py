@@ -51,10 +51,21 @@ def flip(content):
     return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
 
 
+def flip_key(content):
+    """Flips one bit of the key ``iter``, where the checkpoint is pickled."""
+    assert content.count(b'\x04\x00\x00\x00iter') > 0
+    return content.replace(b'\x04\x00\x00\x00iter', b'\x04\x00\x00\x00itez', 1)
+
+
 @pytest.mark.parametrize(
     ('damage', 'reason'),
-    [(flip, 'iter_3.pth'), (lambda content: content[:1000], '1000 bytes'), (lambda _: b'', '0 bytes')],
-    ids=['a flipped bit', 'cut off', 'empty'],
+    [
+        (flip, 'iter_3.pth'),
+        (flip_key, 'no whole numbers iter and epoch'),
+        (lambda content: content[:1000], '1000 bytes'),
+        (lambda _: b'', '0 bytes'),
+    ],
+    ids=['a flipped bit', 'a flipped bit of a key', 'cut off', 'empty'],
 )
 def test_a_damaged_one_is_skipped_and_named(damage, reason, saved):
     path = saved / 'iter_3.pth'
@@ -64,6 +75,16 @@ def test_a_damaged_one_is_skipped_and_named(damage, reason, saved):
     assert len(skipped) == 1
     assert str(path) in skipped[0]
     assert reason in skipped[0]
+
+
+@pytest.mark.parametrize(
+    'meta', [None, 3, {}, dict(iter=4), dict(iter='4', epoch=0)], ids=['none', 'a number', 'empty', 'no epoch', 'text']
+)
+def test_one_that_says_no_iteration_is_skipped_and_named(meta, saved):
+    torch.save(dict(meta=meta, message_hub={}, optimizer={}), saved / 'iter_4.pth')
+    newest, (reason,) = newest_checkpoint(saved)
+    assert newest == saved / 'iter_3.pth'
+    assert reason.startswith(f'{saved / "iter_4.pth"}: no checkpoint of a training run: its meta has no whole numbers')
 
 
 def test_none_that_is_whole_is_an_error_and_none_at_all_is_not(saved, tmp_path):
