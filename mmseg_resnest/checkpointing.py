@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 from collections import deque
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from mmseg_resnest.checkpoints import check_sums, read_meta
 from mmseg_resnest.registry import HOOKS
 
 PARTIAL = '.partial'  # what the name of a file ends with until it is whole
+LAST = 'last_checkpoint'  # the file of a work dir that names the newest one
 BACKEND = 'mmseg_resnest.whole_files'
 
 
@@ -130,7 +132,7 @@ class CheckpointHook(_CheckpointHook):
         )
         if is_main_process():
             last = self.last_ckpt if '://' in self.last_ckpt else os.path.relpath(self.last_ckpt, runner.work_dir)
-            write_whole(Path(runner.work_dir) / 'last_checkpoint', last.encode())
+            write_whole(Path(runner.work_dir) / LAST, last.encode())
 
     def _save_best_checkpoint(self, runner: Runner, metrics: dict) -> None:
         """Saves the best one, and deletes the one before only then: MMEngine's own, told of none, deletes nothing."""
@@ -160,22 +162,26 @@ class CheckpointHook(_CheckpointHook):
 def newest_checkpoint(work_dir: str | Path) -> tuple[Path | None, list[str]]:
     """Finds the checkpoint that was saved last among those of a work dir that are whole.
 
-    Looked at are ``iter_N.pth`` and ``epoch_N.pth`` there and beside the file that ``last_checkpoint`` names.
+    That is the one that ``last_checkpoint`` names; where it is not whole, the one of the highest iteration. Looked at
+    are ``iter_N.pth``, ``epoch_N.pth`` and names that are the one in ``last_checkpoint`` but for the numbers, in the
+    work dir and in that one's folder.
 
     Args:
         work_dir: The folder; ``last_checkpoint`` in it may be MMEngine's own, with the path as the run had it.
 
     Returns:
-        The file, None if there is no checkpoint at all; and for each one that was skipped its name and why.
+        The file, None if the run has not saved yet; and for each one that was skipped its name and why.
 
     Raises:
-        ValueError: There are checkpoints, and none is whole.
+        ValueError: There are checkpoints, and none is whole; or there have been, and none is there.
     """
+    work_dir = Path(work_dir)
+    last = _last_saved(work_dir)
     skipped, found = [], []
-    for path in _candidates(Path(work_dir)):
+    for path in _candidates(work_dir, last):
         try:
-            meta = read_meta(path)
-            found.append((str(meta.get('time', '')), meta['iter'], path))
+            # Not by the clock, which may go back. By last_checkpoint, since a run may have gone back to an earlier one.
+            found.append((path == last, read_meta(path)['iter'], path.stat().st_mtime, path))
         except (ValueError, OSError) as error:
             skipped.append(str(error))
     for *_, path in sorted(found, reverse=True):
@@ -184,19 +190,36 @@ def newest_checkpoint(work_dir: str | Path) -> tuple[Path | None, list[str]]:
             return path, skipped
         except (ValueError, OSError) as error:
             skipped.append(str(error))
+    advice = 'Name another one with --resume PATH, or move'
     if skipped:
         listed = ''.join(f'\n  {reason}' for reason in skipped)
         raise ValueError(
-            f'{work_dir}: no checkpoint to go on from is whole:{listed}\n'
-            'Name another one with --resume PATH, or move these away to start anew'
+            f'{work_dir}: no checkpoint to go on from is whole:{listed}\n{advice} these away to start anew'
+        )
+    if (work_dir / LAST).exists():
+        raise ValueError(
+            f'{work_dir / LAST}: the run has saved {last or "a checkpoint"}, and neither that file nor another one to '
+            f'go on from is there. {advice} {LAST} away to start anew'
         )
     return None, []
 
 
-def _candidates(work_dir: Path) -> list[Path]:
-    folders = {work_dir.resolve()}
+def _last_saved(work_dir: Path) -> Path | None:
+    """The file that ``last_checkpoint`` names, be it there or not; None: it names none."""
     with contextlib.suppress(OSError, UnicodeDecodeError):
-        last = Path((work_dir / 'last_checkpoint').read_text().strip())
-        folders |= {path.parent.resolve() for path in (work_dir / last, last) if path.is_file()}
-    files = [path for folder in folders for kind in ('iter', 'epoch') for path in folder.glob(f'{kind}_*.pth')]
-    return sorted(path for path in files if path.stem.rpartition('_')[2].isdigit())
+        name = Path((work_dir / LAST).read_text().strip())
+        path, here = work_dir / name, work_dir / name.name
+        # MMEngine's own is absolute, or relative to where the run was started; the work dir may be a copy, or moved.
+        if not path.parent.is_dir() or (name.is_absolute() and here.is_file()):
+            path = here
+        return path.parent.resolve() / path.name if name.name else None
+    return None
+
+
+def _candidates(work_dir: Path, last: Path | None) -> list[Path]:
+    folders = {work_dir.resolve(), *([last.parent] if last else [])}
+    name = r'(iter|epoch)_\d+\.pth'
+    if last:
+        name += '|' + re.sub(r'\d+', r'\\d+', re.escape(last.name))
+    files = [path for folder in folders if folder.is_dir() for path in folder.iterdir()]
+    return sorted(path for path in files if re.fullmatch(name, path.name))

@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import resource
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -101,6 +102,59 @@ def test_those_of_stock_mmengine_are_found(tmp_path):
     moved = (tmp_path / 'w').rename(tmp_path / 'moved')
     assert (moved / 'last_checkpoint').read_text() == str(tmp_path / 'w' / 'iter_3.pth')
     assert newest_checkpoint(moved) == (moved / 'iter_3.pth', [])
+
+
+@pytest.mark.parametrize('text', ['iter_5.pth', 'gone/iter_5.pth'])
+def test_one_of_another_run_in_the_current_folder_is_not_taken(text, saved, tmp_path, monkeypatch):
+    run(tmp_path / 'other', 5, max_keep_ckpts=9).train()
+    (saved / 'last_checkpoint').write_text(text)
+    monkeypatch.chdir(tmp_path / 'other')
+    assert newest_checkpoint(saved) == (saved / 'iter_3.pth', [])
+
+
+@pytest.mark.parametrize('absolute', [False, True])
+def test_a_copy_of_a_stock_work_dir_goes_on_by_itself(absolute, tmp_path, monkeypatch):
+    """The original has gone on; ``last_checkpoint`` is relative to where the run was started, or absolute."""
+    monkeypatch.chdir(tmp_path)
+    work_dir = tmp_path / 'w' if absolute else Path('w')
+    run(work_dir, 2, StockHook(by_epoch=False, interval=1)).train()
+    assert newest_checkpoint(work_dir) == (tmp_path / 'w' / 'iter_2.pth', [])
+    shutil.copytree('w', 'copy')
+    run(work_dir, 3, StockHook(by_epoch=False, interval=1)).train()
+    assert newest_checkpoint('copy') == (tmp_path / 'copy' / 'iter_2.pth', [])
+
+
+def test_the_last_one_of_a_run_that_went_back_is_taken(saved):
+    """Iteration 2 is saved once more; where that is damaged, the highest is the newest, whatever the clocks said."""
+    for iteration in (1, 2, 3):
+        content = torch.load(saved / f'iter_{iteration}.pth', weights_only=False)
+        content['meta']['time'] = f'2026010{9 - iteration}_000000'  # the clock has gone back
+        torch.save(content, saved / f'iter_{iteration}.pth')
+    (saved / 'last_checkpoint').write_text('iter_2.pth')
+    assert newest_checkpoint(saved)[0].name == 'iter_2.pth'
+    (saved / 'iter_2.pth').write_bytes(b'')
+    assert newest_checkpoint(saved)[0].name == 'iter_3.pth'
+
+
+def test_other_names_and_folders_are_found_though_the_last_one_is_gone(tmp_path):
+    run(tmp_path / 'w', 2, filename_tmpl='model_{}.pth').train()
+    assert newest_checkpoint(tmp_path / 'w') == (tmp_path / 'w' / 'model_2.pth', [])
+    (tmp_path / 'w' / 'model_2.pth').unlink()
+    assert newest_checkpoint(tmp_path / 'w') == (tmp_path / 'w' / 'model_1.pth', [])
+    run(tmp_path / 'v', 2, out_dir=str(tmp_path / 'elsewhere')).train()
+    assert (tmp_path / 'v' / 'last_checkpoint').read_text() == '../elsewhere/v/iter_2.pth'
+    (tmp_path / 'elsewhere' / 'v' / 'iter_2.pth').unlink()
+    assert newest_checkpoint(tmp_path / 'v') == (tmp_path / 'elsewhere' / 'v' / 'iter_1.pth', [])
+
+
+@pytest.mark.parametrize('text', [b'iter_3.pth', b'', b'\xff\xfe', b'a\x00b', b'x' * 5000, b'/nowhere/iter_9.pth'])
+def test_a_run_that_has_saved_does_not_start_anew_without_a_word(text, saved):
+    (saved / 'last_checkpoint').write_bytes(text)
+    assert newest_checkpoint(saved) == (saved / 'iter_3.pth', [])
+    for path in saved.glob('*.pth'):
+        path.unlink()
+    with pytest.raises(ValueError, match=r'last_checkpoint: the run has saved .* is there. Name another one with'):
+        newest_checkpoint(saved)
 
 
 def test_one_to_keep_is_the_last_and_a_resumed_run_deletes_the_one_before(tmp_path):
