@@ -3,13 +3,18 @@
 import contextlib
 import os
 import re
+import zipfile
+import zlib
 from collections import deque
+from logging import WARNING
 from pathlib import Path
 
-from mmengine.dist import is_main_process
+from mmengine.dist import all_gather_object, broadcast_object_list, is_main_process
 from mmengine.fileio import LocalBackend, register_backend
 from mmengine.hooks import CheckpointHook as _CheckpointHook
+from mmengine.logging import print_log
 from mmengine.runner import Runner
+from mmengine.runner import runner as mmengine_runner
 
 from mmseg_resnest.checkpoints import check_sums, read_meta
 from mmseg_resnest.registry import HOOKS
@@ -202,6 +207,70 @@ def newest_checkpoint(work_dir: str | Path) -> tuple[Path | None, list[str]]:
             f'go on from is there. {advice} {LAST} away to start anew'
         )
     return None, []
+
+
+def agreed_checkpoint(work_dir: str | Path) -> tuple[Path | None, list[str]]:
+    """Returns what ``newest_checkpoint`` finds on rank 0, which all processes go on from.
+
+    Raises:
+        ValueError: As ``newest_checkpoint``, on all processes; or one of them does not find the same file there.
+    """
+    work_dir = Path(work_dir).resolve()
+    chosen: list = [None]
+    if is_main_process():
+        try:
+            newest, skipped = newest_checkpoint(work_dir)
+            chosen = [(newest and os.path.relpath(newest, work_dir), skipped)]
+        except (ValueError, OSError) as error:
+            chosen = [str(error)]  # or the others would wait
+    broadcast_object_list(chosen)
+    if isinstance(chosen[0], str):
+        raise ValueError(chosen[0])
+    name, skipped = chosen[0]
+    newest = (work_dir / name).resolve() if name else None
+    check_agreement(newest or work_dir / LAST)
+    return newest, skipped
+
+
+def check_agreement(path: str | Path) -> None:
+    """Checks that all processes find the same checkpoint, or none, under a path that each may see differently.
+
+    Raises:
+        ValueError: They do not, on all processes.
+    """
+    found = all_gather_object(_describe(Path(path)))
+    others = [f'\n  rank {rank}: {text}' for rank, text in enumerate(found) if text != found[0]]
+    if others:
+        raise ValueError(
+            f'{path}: the processes do not go on from the same checkpoint. Expected, on rank 0: {found[0]}; found:'
+            f'{"".join(others)}\nThe work dir must be one that all machines see; name it with --work-dir DIR'
+        )
+
+
+def _describe(path: Path) -> str:
+    if not path.is_file():
+        return 'there is no such file'
+    try:
+        iteration = f'iteration {read_meta(path)["iter"]}'
+    except ValueError:
+        iteration = 'no checkpoint of a training run'
+    sums = 0
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as file:
+            sums = zlib.crc32(repr([member.CRC for member in file.infolist()]).encode())
+    return f'{iteration}, {path.stat().st_size} bytes, checksum {sums:08x}'
+
+
+def _find_latest(work_dir: str) -> str | None:
+    newest, skipped = agreed_checkpoint(work_dir)
+    for reason in skipped:
+        print_log(f'Not resumed from: {reason}', 'current', WARNING)
+    return str(newest) if newest else None
+
+
+# What MMEngine's Runner goes on from where a config has resume=True and no load_from: its own takes what
+# last_checkpoint holds, here the name relative to the work dir, as a path relative to the current folder.
+mmengine_runner.find_latest_checkpoint = _find_latest
 
 
 def _last_saved(work_dir: Path) -> Path | None:

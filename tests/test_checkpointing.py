@@ -14,7 +14,7 @@ from mmengine.hooks import CheckpointHook as StockHook
 from mmengine.runner import find_latest_checkpoint
 from test_hooks import Classifier, Stem, make_runner
 
-from mmseg_resnest.checkpointing import PARTIAL, CheckpointHook, newest_checkpoint, write_whole
+from mmseg_resnest.checkpointing import PARTIAL, CheckpointHook, agreed_checkpoint, newest_checkpoint, write_whole
 from mmseg_resnest.checkpoints import read_checkpoint
 
 
@@ -155,6 +155,79 @@ def test_a_run_that_has_saved_does_not_start_anew_without_a_word(text, saved):
         path.unlink()
     with pytest.raises(ValueError, match=r'last_checkpoint: the run has saved .* is there. Name another one with'):
         newest_checkpoint(saved)
+
+
+def test_mmengines_own_resume_finds_it(saved, tmp_path):
+    """As a config with ``resume=True`` has it, in mmsegmentation's train.py too."""
+    (saved / 'iter_3.pth').write_bytes(b'')
+    for start in (2, 3):  # then from what it has saved itself
+        runner = run(saved, start + 1, max_keep_ckpts=3)
+        runner._resume = True
+        runner.train()
+        assert newest_checkpoint(saved)[0].name == f'iter_{start + 1}.pth'
+    log = ''.join(path.read_text() for path in saved.rglob('*.log'))
+    assert f'Not resumed from: {saved}/iter_3.pth (0 bytes)' in log
+    assert f'Auto resumed from the latest checkpoint {saved}/iter_2.pth' in log
+    assert 'resumed epoch: 0, iter: 3' in log
+
+
+def agree(rank, folders, answers):
+    """What one of two processes, each with a work dir of its own, goes on from."""
+    os.chdir(folders[rank])
+    store = torch.distributed.FileStore(str(folders[0] / 'store'), 2)
+    torch.distributed.init_process_group('gloo', store=store, rank=rank, world_size=2)
+    try:
+        answer = agreed_checkpoint('w')
+    except ValueError as error:
+        answer = str(error)
+    answers.put((rank, answer))
+
+
+@pytest.mark.parametrize(
+    ('edit', 'found'),
+    [
+        (lambda saved: None, None),
+        (lambda saved: (saved / 'iter_3.pth').unlink(), 'there is no such file'),
+        (lambda saved: shutil.copy(saved / 'iter_2.pth', saved / 'iter_3.pth'), 'iteration 2, '),
+    ],
+    ids=['the same', 'gone', 'another one'],
+)
+def test_all_processes_go_on_from_the_same_one(edit, found, saved, tmp_path):
+    folders = [tmp_path, tmp_path / 'second']
+    shutil.copytree(saved, folders[1] / 'w')
+    edit(folders[1] / 'w')
+    answers = answers_of_two(folders)
+    if found is None:
+        assert answers == [(folder / 'w' / 'iter_3.pth', []) for folder in folders]
+    else:
+        for folder, answer in zip(folders, answers, strict=True):
+            assert answer.startswith(f'{folder}/w/iter_3.pth: the processes do not go on from the same checkpoint. ')
+            assert f'on rank 0: iteration 3, {(saved / "iter_3.pth").stat().st_size} bytes, checksum ' in answer
+            assert f'; found:\n  rank 1: {found}' in answer
+
+
+def test_processes_of_which_rank_0_alone_has_none_do_not_start(saved, tmp_path):
+    (tmp_path / 'first').mkdir()
+    for answer in answers_of_two([tmp_path / 'first', tmp_path]):
+        assert 'on rank 0: there is no such file; found:\n  rank 1: no checkpoint of a training run, 10 bytes' in answer
+
+
+def test_what_rank_0_cannot_go_on_from_stops_all(saved, tmp_path):
+    for path in saved.glob('*.pth'):
+        path.write_bytes(b'')
+    assert all('no checkpoint to go on from is whole' in answer for answer in answers_of_two([tmp_path, saved]))
+
+
+def answers_of_two(folders):
+    context = multiprocessing.get_context('fork')
+    answers = context.Queue()
+    processes = [context.Process(target=agree, args=(rank, folders, answers)) for rank in (0, 1)]
+    for process in processes:
+        process.start()
+    found = dict(answers.get(timeout=60) for _ in processes)
+    for process in processes:
+        process.join()
+    return [found[0], found[1]]
 
 
 def test_one_to_keep_is_the_last_and_a_resumed_run_deletes_the_one_before(tmp_path):
