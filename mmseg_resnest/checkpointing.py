@@ -7,7 +7,7 @@ import zipfile
 import zlib
 from collections import deque
 from logging import WARNING
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from mmengine.dist import all_gather_object, broadcast_object_list, is_main_process
 from mmengine.fileio import LocalBackend, register_backend
@@ -89,13 +89,26 @@ class CheckpointHook(_CheckpointHook):
             self.backend_args = dict(backend=BACKEND)
 
     def before_train(self, runner: Runner) -> None:
-        """Clears away what a killed run was writing."""
+        """Clears away what a killed run was writing, and finds the best one where the work dir is now."""
         super().before_train(runner)
+        if self.save_best and len(self.key_indicators) == 1:
+            self.best_ckpt_path = self._here(runner, 'best_ckpt')
+        elif self.save_best:
+            self.best_ckpt_path_dict = {key: self._here(runner, f'best_ckpt_{key}') for key in self.key_indicators}
         if is_main_process():
             for partial in Path(self.out_dir).glob(f'*.pth{PARTIAL}'):
                 partial.unlink(missing_ok=True)
         if self.max_keep_ckpts > 0:
             self.keep_ckpt_ids = deque(self.keep_ckpt_ids)  # without a limit, which would drop the oldest unseen
+
+    def _here(self, runner: Runner, name: str) -> str | None:
+        """Returns a file of the run's by its name; its path is as the run had it, before it was moved or copied."""
+        old = runner.message_hub.runtime_info.get(name)
+        path = old and self.file_backend.join_path(self.out_dir, PurePath(old).name)
+        if not path or not self.file_backend.isfile(path):
+            return None
+        runner.message_hub.update_info(name, path)
+        return path
 
     def save_between(self, runner: Runner) -> str:
         """Saves after the current iteration, unless that has been done; returns the file."""

@@ -260,6 +260,32 @@ def test_the_best_before_is_deleted_once_the_next_is_there(best, tmp_path):
     assert sum(name.startswith('best') for name in before_remove[0]) > keys  # the next one was there already
 
 
+def run_with_best(work_dir, iterations, best, score):
+    """Trains and evaluates once, at the end, as if with that score; a work dir that has checkpoints is resumed."""
+    hook = CheckpointHook(by_epoch=False, interval=1, max_keep_ckpts=2, save_best=best, rule='greater')
+    runner = run(work_dir, iterations, hook)
+    runner._val_loop = None
+    if newest := newest_checkpoint(work_dir)[0]:
+        runner.resume(str(newest))
+    runner.train()
+    hook._save_best_checkpoint(runner, {'images/count': score, 'rank': score})
+
+
+def bests(folder):
+    return sorted({name.rpartition('_')[2] for name in files(folder) if name.startswith('best')})
+
+
+@pytest.mark.parametrize('best', ['images/count', ['images/count', 'rank']])
+def test_a_copied_run_leaves_the_best_of_the_original_and_a_moved_one_replaces_its_own(best, tmp_path):
+    run_with_best(tmp_path / 'w', 2, best, 3)
+    shutil.copytree(tmp_path / 'w', tmp_path / 'copy')
+    run_with_best(tmp_path / 'copy', 4, best, 5)
+    assert (bests(tmp_path / 'w'), bests(tmp_path / 'copy')) == (['2.pth'], ['4.pth'])
+    moved = (tmp_path / 'w').rename(tmp_path / 'moved')
+    run_with_best(moved, 4, best, 5)
+    assert bests(moved) == ['4.pth']
+
+
 def train_for_ever(work_dir):
     run(work_dir, 100_000, width=4000, max_keep_ckpts=1).train()
 
