@@ -95,6 +95,8 @@ class CheckpointHook(_CheckpointHook):
             self.best_ckpt_path = self._here(runner, 'best_ckpt')
         elif self.save_best:
             self.best_ckpt_path_dict = {key: self._here(runner, f'best_ckpt_{key}') for key in self.key_indicators}
+        for old in runner.message_hub.runtime_info.get('outdated_best', ()):
+            self._remove(self.file_backend.join_path(self.out_dir, old))
         if is_main_process():
             for partial in Path(self.out_dir).glob(f'*.pth{PARTIAL}'):
                 partial.unlink(missing_ok=True)
@@ -126,9 +128,10 @@ class CheckpointHook(_CheckpointHook):
         if self.max_keep_ckpts > 0:
             if step not in self.keep_ckpt_ids:
                 self.keep_ckpt_ids.append(step)
+            # Also those that go once this one is there: if the run is killed in between, the resumed one deletes them.
+            runner.message_hub.update_info('keep_ckpt_ids', list(self.keep_ckpt_ids))
             while len(self.keep_ckpt_ids) > self.max_keep_ckpts:
                 outdated.append(self.filename_tmpl.format(self.keep_ckpt_ids.popleft()))
-            runner.message_hub.update_info('keep_ckpt_ids', list(self.keep_ckpt_ids))
         name = self.filename_tmpl.format(step)
         self.last_ckpt = self.file_backend.join_path(self.out_dir, name)
         runner.message_hub.update_info('last_ckpt', self.last_ckpt)
@@ -162,7 +165,11 @@ class CheckpointHook(_CheckpointHook):
             self.best_ckpt_path = None
         else:
             self.best_ckpt_path_dict = dict.fromkeys(before)
+        # As with keep_ckpt_ids, since MMEngine saves the newest once more, with the new best one's name.
+        outdated = [PurePath(old).name for old in before.values() if old]
+        runner.message_hub.update_info('outdated_best', outdated)
         super()._save_best_checkpoint(runner, metrics)
+        runner.message_hub.update_info('outdated_best', [])
         for key, old in before.items():
             new = self.best_ckpt_path if single else self.best_ckpt_path_dict[key]
             if new is None and single:

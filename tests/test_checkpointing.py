@@ -260,9 +260,9 @@ def test_the_best_before_is_deleted_once_the_next_is_there(best, tmp_path):
     assert sum(name.startswith('best') for name in before_remove[0]) > keys  # the next one was there already
 
 
-def run_with_best(work_dir, iterations, best, score):
+def run_with_best(work_dir, iterations, best, score, max_keep_ckpts=2):
     """Trains and evaluates once, at the end, as if with that score; a work dir that has checkpoints is resumed."""
-    hook = CheckpointHook(by_epoch=False, interval=1, max_keep_ckpts=2, save_best=best, rule='greater')
+    hook = CheckpointHook(by_epoch=False, interval=1, max_keep_ckpts=max_keep_ckpts, save_best=best, rule='greater')
     runner = run(work_dir, iterations, hook)
     runner._val_loop = None
     if newest := newest_checkpoint(work_dir)[0]:
@@ -284,6 +284,43 @@ def test_a_copied_run_leaves_the_best_of_the_original_and_a_moved_one_replaces_i
     moved = (tmp_path / 'w').rename(tmp_path / 'moved')
     run_with_best(moved, 4, best, 5)
     assert bests(moved) == ['4.pth']
+
+
+def train_until_killed(work_dir, best):
+    """Goes on until it is about to remove a checkpoint, or the best one, and kills itself there."""
+    hook = CheckpointHook(by_epoch=False, interval=1, max_keep_ckpts=1, save_best='images/count', rule='greater')
+    remove = hook._remove
+    hook._remove = lambda path: os.kill(os.getpid(), signal.SIGKILL) if best == ('best' in path) else remove(path)
+    runner = run(work_dir, 100, hook)
+    runner._val_loop = None
+    after_train_iter = hook.after_train_iter
+
+    def evaluate(runner, *args, **kwargs):
+        after_train_iter(runner, *args, **kwargs)
+        if best:
+            runner.train_loop._iter += 1
+            hook._save_best_checkpoint(runner, {'images/count': runner.iter})
+            runner.train_loop._iter -= 1
+
+    hook.after_train_iter = evaluate
+    if newest := newest_checkpoint(work_dir)[0]:
+        runner.resume(str(newest))
+    runner.train()
+
+
+@pytest.mark.parametrize('best', [False, True], ids=['the last', 'the best'])
+def test_kill_9_before_the_old_one_is_removed(best, tmp_path):
+    """The resumed run removes it, however often that happens."""
+    for _ in range(3):
+        child = multiprocessing.get_context('fork').Process(target=train_until_killed, args=(tmp_path, best))
+        child.start()
+        child.join()
+        assert child.exitcode == -signal.SIGKILL
+    newest, _ = newest_checkpoint(tmp_path)
+    assert len(files(tmp_path)) == (3 if best else 2)  # none of the earlier kills
+    run_with_best(tmp_path, int(newest.stem.removeprefix('iter_')) + 1, 'images/count', 100, max_keep_ckpts=1)
+    name = f'{newest.stem[:5]}{int(newest.stem[5:]) + 1}.pth'
+    assert files(tmp_path) == [f'best_images_count_{name}', name]
 
 
 def train_for_ever(work_dir):
