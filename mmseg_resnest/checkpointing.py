@@ -13,7 +13,7 @@ from mmengine.dist import all_gather_object, broadcast_object_list, is_main_proc
 from mmengine.fileio import LocalBackend, register_backend
 from mmengine.hooks import CheckpointHook as _CheckpointHook
 from mmengine.logging import print_log
-from mmengine.runner import Runner
+from mmengine.runner import IterBasedTrainLoop, Runner
 from mmengine.runner import runner as mmengine_runner
 
 from mmseg_resnest.checkpoints import check_sums, read_meta
@@ -87,6 +87,7 @@ class CheckpointHook(_CheckpointHook):
         super().__init__(**kwargs)
         if self.backend_args is None and self.file_client_args is None and '://' not in str(self.out_dir):
             self.backend_args = dict(backend=BACKEND)
+        self._evaluated: int | None = None  # what the newest file says is evaluated
 
     def before_train(self, runner: Runner) -> None:
         """Clears away what a killed run was writing, and finds the best one where the work dir is now."""
@@ -102,6 +103,31 @@ class CheckpointHook(_CheckpointHook):
                 partial.unlink(missing_ok=True)
         if self.max_keep_ckpts > 0:
             self.keep_ckpt_ids = deque(self.keep_ckpt_ids)  # without a limit, which would drop the oldest unseen
+        resumed = self.file_backend.join_path(self.out_dir, self.filename_tmpl.format(runner.iter))
+        if self._by_iteration(runner) and self.file_backend.isfile(resumed):
+            self.last_ckpt = resumed
+
+    def before_train_epoch(self, runner: Runner) -> None:
+        """Evaluates first where the checkpoint was to be evaluated and was not: the run ended in between."""
+        loop = runner.train_loop
+        if not self._by_iteration(runner) or runner.val_loop is None or _evaluated(runner) == runner.iter:
+            return
+        loop._decide_current_val_interval()  # as MMEngine does after each iteration
+        due = runner.iter % loop.val_interval == 0 or runner.iter == runner.max_iters
+        if due and runner.iter >= max(loop.val_begin, 1):
+            runner.logger.info(f'Iteration {runner.iter} was saved and not evaluated: first its evaluation')
+            runner.val_loop.run()
+
+    def after_val_epoch(self, runner: Runner, metrics: dict) -> None:
+        """Saves the best one, and notes in the checkpoint of this iteration that it is evaluated."""
+        runner.message_hub.update_info('evaluated', runner.iter)
+        super().after_val_epoch(runner, metrics)
+        saved = Path(self.last_ckpt or '').name == self.filename_tmpl.format(runner.iter)
+        if self._by_iteration(runner) and saved and self._evaluated != runner.iter:
+            self._save_checkpoint_with_step(runner, runner.iter, dict(epoch=runner.epoch, iter=runner.iter))
+
+    def _by_iteration(self, runner: Runner) -> bool:
+        return not self.by_epoch and isinstance(runner.train_loop, IterBasedTrainLoop)
 
     def _here(self, runner: Runner, name: str) -> str | None:
         """Returns a file of the run's by its name; its path is as the run had it, before it was moved or copied."""
@@ -140,6 +166,7 @@ class CheckpointHook(_CheckpointHook):
             self._remove(self.file_backend.join_path(self.out_dir, old))
 
     def _write(self, runner: Runner, name: str, meta: dict) -> None:
+        self._evaluated = _evaluated(runner)
         runner.save_checkpoint(
             self.out_dir,
             name,
@@ -182,6 +209,11 @@ class CheckpointHook(_CheckpointHook):
     def _remove(self, path: str) -> None:
         if is_main_process() and self.file_backend.isfile(path):
             self.file_backend.remove(path)
+
+
+def _evaluated(runner: Runner) -> int | None:
+    """The iteration that was evaluated last."""
+    return runner.message_hub.runtime_info.get('evaluated')
 
 
 def newest_checkpoint(work_dir: str | Path) -> tuple[Path | None, list[str]]:

@@ -11,11 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 from mmengine.hooks import CheckpointHook as StockHook
+from mmengine.hooks import Hook
 from mmengine.runner import find_latest_checkpoint
 from test_hooks import Classifier, Stem, make_runner
 
 from mmseg_resnest.checkpointing import PARTIAL, CheckpointHook, agreed_checkpoint, newest_checkpoint, write_whole
 from mmseg_resnest.checkpoints import read_checkpoint
+from mmseg_resnest.signals import SignalHook
 
 
 def run(work_dir, iterations, hook=None, width=4, **options):
@@ -321,6 +323,60 @@ def test_kill_9_before_the_old_one_is_removed(best, tmp_path):
     run_with_best(tmp_path, int(newest.stem.removeprefix('iter_')) + 1, 'images/count', 100, max_keep_ckpts=1)
     name = f'{newest.stem[:5]}{int(newest.stem[5:]) + 1}.pth'
     assert files(tmp_path) == [f'best_images_count_{name}', name]
+
+
+class End(Hook):
+    """Ends the process by a signal in an iteration, or by kill -9 in the evaluation after it; notes what is evaluated.
+
+    Args:
+        number: The signal, or None.
+        iteration: The iteration.
+    """
+
+    priority = 'VERY_HIGH'
+
+    def __init__(self, number=None, iteration=None):
+        self.number, self.iteration, self.evaluated = number, iteration, []
+
+    def before_train_iter(self, runner, batch_idx, data_batch=None):
+        if runner.iter + 1 == self.iteration and self.number == signal.SIGUSR1:
+            os.kill(os.getpid(), self.number)
+
+    def before_val_epoch(self, runner):
+        if runner.iter == self.iteration and self.number == signal.SIGKILL:
+            os.kill(os.getpid(), self.number)
+
+    def after_val_epoch(self, runner, metrics=None):
+        self.evaluated.append((runner.iter, runner.model.head.weight.square().sum().item()))
+
+
+def evaluations(work_dir, end):
+    """Returns what a run of six iterations evaluates, which is due after three and six, or what is left of it."""
+    torch.manual_seed(0)
+    runner = run(work_dir, 6, max_keep_ckpts=2)
+    runner.register_hook(end)
+    runner.register_hook(SignalHook())
+    if newest := newest_checkpoint(work_dir)[0]:
+        runner.resume(str(newest))
+    runner.train()
+    return end.evaluated
+
+
+@pytest.mark.parametrize('iteration', [3, 6])
+@pytest.mark.parametrize(('number', 'code'), [(signal.SIGUSR1, 138), (signal.SIGKILL, -9)], ids=['SIGUSR1', 'kill -9'])
+def test_an_evaluation_that_was_cut_off_is_made_first(number, code, iteration, tmp_path):
+    """Saved is each iteration, before its evaluation; what has been evaluated is not evaluated once more."""
+    undisturbed = evaluations(tmp_path / 'undisturbed', End())
+    assert [at for at, _ in undisturbed] == [3, 6]
+    child = multiprocessing.get_context('fork').Process(
+        target=evaluations, args=(tmp_path / 'w', End(number, iteration))
+    )
+    child.start()
+    child.join()
+    assert child.exitcode == code
+    assert newest_checkpoint(tmp_path / 'w')[0].name == f'iter_{iteration}.pth'
+    assert evaluations(tmp_path / 'w', End()) == [each for each in undisturbed if each[0] >= iteration]
+    assert evaluations(tmp_path / 'w', End()) == []
 
 
 def train_for_ever(work_dir):
