@@ -167,6 +167,12 @@ class CheckpointHook(_CheckpointHook):
 
     def _write(self, runner: Runner, name: str, meta: dict) -> None:
         self._evaluated = _evaluated(runner)
+        counts = getattr(runner.optim_wrapper, '_accumulative_counts', 1)
+        if meta['iter'] % counts and meta['iter'] < runner.max_iters:
+            runner.logger.warning(
+                f'{name} is saved between two steps, without the gradients that have accumulated: a resume from it is '
+                f'not exact. Save and evaluate at multiples of accumulative_counts={counts}'
+            )
         runner.save_checkpoint(
             self.out_dir,
             name,

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import re
 import resource
 import shutil
 import signal
@@ -377,6 +378,17 @@ def test_an_evaluation_that_was_cut_off_is_made_first(number, code, iteration, t
     assert newest_checkpoint(tmp_path / 'w')[0].name == f'iter_{iteration}.pth'
     assert evaluations(tmp_path / 'w', End()) == [each for each in undisturbed if each[0] >= iteration]
     assert evaluations(tmp_path / 'w', End()) == []
+
+
+def test_a_save_between_two_steps_is_told(tmp_path):
+    """Three iterations make a step, and the last one always does."""
+    runner = run(tmp_path, 5)
+    runner._val_loop = None
+    runner.optim_wrapper['accumulative_counts'] = 3
+    runner.train()
+    log = next(tmp_path.rglob('*.log')).read_text()
+    told = re.findall(r'(iter_\d\.pth) is saved between two steps.* multiples of accumulative_counts=3', log)
+    assert told == ['iter_1.pth', 'iter_2.pth', 'iter_4.pth']
 
 
 def train_for_ever(work_dir):
