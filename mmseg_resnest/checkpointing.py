@@ -92,12 +92,15 @@ class CheckpointHook(_CheckpointHook):
     def before_train(self, runner: Runner) -> None:
         """Clears away what a killed run was writing, and finds the best one where the work dir is now."""
         super().before_train(runner)
-        if self.save_best and len(self.key_indicators) == 1:
-            self.best_ckpt_path = self._here(runner, 'best_ckpt')
-        elif self.save_best:
-            self.best_ckpt_path_dict = {key: self._here(runner, f'best_ckpt_{key}') for key in self.key_indicators}
-        for old in runner.message_hub.runtime_info.get('outdated_best', ()):
-            self._remove(self.file_backend.join_path(self.out_dir, old))
+        keys = self.key_indicators if self.save_best else []
+        best = {key: self._here(runner, 'best_ckpt' if len(keys) == 1 else f'best_ckpt_{key}') for key in keys}
+        if len(keys) == 1:
+            self.best_ckpt_path = best[keys[0]]
+        elif keys:
+            self.best_ckpt_path_dict = best
+        for name in runner.message_hub.runtime_info.get('outdated_best', ()):
+            if (old := self.file_backend.join_path(self.out_dir, name)) not in best.values():
+                self._remove(old)
         if is_main_process():
             for partial in Path(self.out_dir).glob(f'*.pth{PARTIAL}'):
                 partial.unlink(missing_ok=True)
@@ -123,7 +126,7 @@ class CheckpointHook(_CheckpointHook):
         runner.message_hub.update_info('evaluated', runner.iter)
         super().after_val_epoch(runner, metrics)
         saved = Path(self.last_ckpt or '').name == self.filename_tmpl.format(runner.iter)
-        if self._by_iteration(runner) and saved and self._evaluated != runner.iter:
+        if saved and self._by_iteration(runner) and self._evaluated != runner.iter:
             self._save_checkpoint_with_step(runner, runner.iter, dict(epoch=runner.epoch, iter=runner.iter))
 
     def _by_iteration(self, runner: Runner) -> bool:
@@ -310,12 +313,11 @@ def _describe(path: Path) -> str:
         return 'there is no such file'
     try:
         iteration = f'iteration {read_meta(path)["iter"]}'
-    except ValueError:
+    except (ValueError, OSError):
         iteration = 'no checkpoint of a training run'
     sums = 0
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as file:
-            sums = zlib.crc32(repr([member.CRC for member in file.infolist()]).encode())
+    with contextlib.suppress(Exception), zipfile.ZipFile(path) as file:  # a damaged one raises almost anything
+        sums = zlib.crc32(repr([member.CRC for member in file.infolist()]).encode())
     return f'{iteration}, {path.stat().st_size} bytes, checksum {sums:08x}'
 
 

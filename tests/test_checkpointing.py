@@ -263,7 +263,7 @@ def test_the_best_before_is_deleted_once_the_next_is_there(best, tmp_path):
     assert sum(name.startswith('best') for name in before_remove[0]) > keys  # the next one was there already
 
 
-def run_with_best(work_dir, iterations, best, score, max_keep_ckpts=2):
+def run_with_best(work_dir, iterations, best, score, max_keep_ckpts=2, **other):
     """Trains and evaluates once, at the end, as if with that score; a work dir that has checkpoints is resumed."""
     hook = CheckpointHook(by_epoch=False, interval=1, max_keep_ckpts=max_keep_ckpts, save_best=best, rule='greater')
     runner = run(work_dir, iterations, hook)
@@ -271,7 +271,7 @@ def run_with_best(work_dir, iterations, best, score, max_keep_ckpts=2):
     if newest := newest_checkpoint(work_dir)[0]:
         runner.resume(str(newest))
     runner.train()
-    hook._save_best_checkpoint(runner, {'images/count': score, 'rank': score})
+    hook._save_best_checkpoint(runner, {'images/count': score, 'rank': score} | other)
 
 
 def bests(folder):
@@ -324,6 +324,19 @@ def test_kill_9_before_the_old_one_is_removed(best, tmp_path):
     run_with_best(tmp_path, int(newest.stem.removeprefix('iter_')) + 1, 'images/count', 100, max_keep_ckpts=1)
     name = f'{newest.stem[:5]}{int(newest.stem[5:]) + 1}.pth'
     assert files(tmp_path) == [f'best_images_count_{name}', name]
+
+
+def test_a_best_one_that_is_still_the_best_is_not_outdated(tmp_path, monkeypatch):
+    """Of two figures one gets better, and the run ends before the best one before is removed."""
+    best = ['images/count', 'rank']
+    run_with_best(tmp_path, 1, best, 3)
+    monkeypatch.setattr(CheckpointHook, '_remove', lambda self, path: None)
+    run_with_best(tmp_path, 2, best, 5, rank=2)
+    assert len(files(tmp_path)) == 5
+    monkeypatch.undo()
+    run_with_best(tmp_path, 3, best, 0)
+    kept = ['best_images_count_iter_2.pth', 'best_rank_iter_1.pth', 'iter_2.pth', 'iter_3.pth']
+    assert files(tmp_path) == kept
 
 
 class End(Hook):

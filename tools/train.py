@@ -73,7 +73,8 @@ def set_start(cfg: Config, args: argparse.Namespace) -> list[str]:
             remarks.append(f'No checkpoint in {cfg.work_dir} to go on from: a new run')
     cfg.resume = bool(resume)
     if cfg.resume:
-        check_agreement(resume)
+        if isinstance(resume, str):  # named, by the command line or the config
+            check_agreement(resume)
         cfg.load_from = cli.existing_checkpoint(resume)
     elif args.fine_tune:
         cfg.load_from = cli.existing_checkpoint(args.fine_tune)
