@@ -2,18 +2,25 @@
 
 import contextlib
 import os
+import re
+import zipfile
+import zlib
 from collections import deque
-from pathlib import Path
+from logging import WARNING
+from pathlib import Path, PurePath
 
-from mmengine.dist import is_main_process
+from mmengine.dist import all_gather_object, broadcast_object_list, is_main_process
 from mmengine.fileio import LocalBackend, register_backend
 from mmengine.hooks import CheckpointHook as _CheckpointHook
-from mmengine.runner import Runner
+from mmengine.logging import print_log
+from mmengine.runner import IterBasedTrainLoop, Runner
+from mmengine.runner import runner as mmengine_runner
 
 from mmseg_resnest.checkpoints import check_sums, read_meta
 from mmseg_resnest.registry import HOOKS
 
 PARTIAL = '.partial'  # what the name of a file ends with until it is whole
+LAST = 'last_checkpoint'  # the file of a work dir that names the newest one
 BACKEND = 'mmseg_resnest.whole_files'
 
 
@@ -80,15 +87,59 @@ class CheckpointHook(_CheckpointHook):
         super().__init__(**kwargs)
         if self.backend_args is None and self.file_client_args is None and '://' not in str(self.out_dir):
             self.backend_args = dict(backend=BACKEND)
+        self._evaluated: int | None = None  # what the newest file says is evaluated
 
     def before_train(self, runner: Runner) -> None:
-        """Clears away what a killed run was writing."""
+        """Clears away what a killed run was writing, and finds the best one where the work dir is now."""
         super().before_train(runner)
+        keys = self.key_indicators if self.save_best else []
+        best = {key: self._here(runner, 'best_ckpt' if len(keys) == 1 else f'best_ckpt_{key}') for key in keys}
+        if len(keys) == 1:
+            self.best_ckpt_path = best[keys[0]]
+        elif keys:
+            self.best_ckpt_path_dict = best
+        for name in runner.message_hub.runtime_info.get('outdated_best', ()):
+            if (old := self.file_backend.join_path(self.out_dir, name)) not in best.values():
+                self._remove(old)
         if is_main_process():
             for partial in Path(self.out_dir).glob(f'*.pth{PARTIAL}'):
                 partial.unlink(missing_ok=True)
         if self.max_keep_ckpts > 0:
             self.keep_ckpt_ids = deque(self.keep_ckpt_ids)  # without a limit, which would drop the oldest unseen
+        resumed = self.file_backend.join_path(self.out_dir, self.filename_tmpl.format(runner.iter))
+        if self._by_iteration(runner) and self.file_backend.isfile(resumed):
+            self.last_ckpt = resumed
+
+    def before_train_epoch(self, runner: Runner) -> None:
+        """Evaluates first where the checkpoint was to be evaluated and was not: the run ended in between."""
+        loop = runner.train_loop
+        if not self._by_iteration(runner) or runner.val_loop is None or _evaluated(runner) == runner.iter:
+            return
+        loop._decide_current_val_interval()  # as MMEngine does after each iteration
+        due = runner.iter % loop.val_interval == 0 or runner.iter == runner.max_iters
+        if due and runner.iter >= max(loop.val_begin, 1):
+            runner.logger.info(f'Iteration {runner.iter} was saved and not evaluated: first its evaluation')
+            runner.val_loop.run()
+
+    def after_val_epoch(self, runner: Runner, metrics: dict) -> None:
+        """Saves the best one, and notes in the checkpoint of this iteration that it is evaluated."""
+        runner.message_hub.update_info('evaluated', runner.iter)
+        super().after_val_epoch(runner, metrics)
+        saved = Path(self.last_ckpt or '').name == self.filename_tmpl.format(runner.iter)
+        if saved and self._by_iteration(runner) and self._evaluated != runner.iter:
+            self._save_checkpoint_with_step(runner, runner.iter, dict(epoch=runner.epoch, iter=runner.iter))
+
+    def _by_iteration(self, runner: Runner) -> bool:
+        return not self.by_epoch and isinstance(runner.train_loop, IterBasedTrainLoop)
+
+    def _here(self, runner: Runner, name: str) -> str | None:
+        """Returns a file of the run's by its name; its path is as the run had it, before it was moved or copied."""
+        old = runner.message_hub.runtime_info.get(name)
+        path = old and self.file_backend.join_path(self.out_dir, PurePath(old).name)
+        if not path or not self.file_backend.isfile(path):
+            return None
+        runner.message_hub.update_info(name, path)
+        return path
 
     def save_between(self, runner: Runner) -> str:
         """Saves after the current iteration, unless that has been done; returns the file."""
@@ -106,9 +157,10 @@ class CheckpointHook(_CheckpointHook):
         if self.max_keep_ckpts > 0:
             if step not in self.keep_ckpt_ids:
                 self.keep_ckpt_ids.append(step)
+            # Also those that go once this one is there: if the run is killed in between, the resumed one deletes them.
+            runner.message_hub.update_info('keep_ckpt_ids', list(self.keep_ckpt_ids))
             while len(self.keep_ckpt_ids) > self.max_keep_ckpts:
                 outdated.append(self.filename_tmpl.format(self.keep_ckpt_ids.popleft()))
-            runner.message_hub.update_info('keep_ckpt_ids', list(self.keep_ckpt_ids))
         name = self.filename_tmpl.format(step)
         self.last_ckpt = self.file_backend.join_path(self.out_dir, name)
         runner.message_hub.update_info('last_ckpt', self.last_ckpt)
@@ -117,6 +169,13 @@ class CheckpointHook(_CheckpointHook):
             self._remove(self.file_backend.join_path(self.out_dir, old))
 
     def _write(self, runner: Runner, name: str, meta: dict) -> None:
+        self._evaluated = _evaluated(runner)
+        counts = getattr(runner.optim_wrapper, '_accumulative_counts', 1)
+        if meta['iter'] % counts and meta['iter'] < runner.max_iters:
+            runner.logger.warning(
+                f'{name} is saved between two steps, without the gradients that have accumulated: a resume from it is '
+                f'not exact. Save and evaluate at multiples of accumulative_counts={counts}'
+            )
         runner.save_checkpoint(
             self.out_dir,
             name,
@@ -130,7 +189,7 @@ class CheckpointHook(_CheckpointHook):
         )
         if is_main_process():
             last = self.last_ckpt if '://' in self.last_ckpt else os.path.relpath(self.last_ckpt, runner.work_dir)
-            write_whole(Path(runner.work_dir) / 'last_checkpoint', last.encode())
+            write_whole(Path(runner.work_dir) / LAST, last.encode())
 
     def _save_best_checkpoint(self, runner: Runner, metrics: dict) -> None:
         """Saves the best one, and deletes the one before only then: MMEngine's own, told of none, deletes nothing."""
@@ -142,7 +201,11 @@ class CheckpointHook(_CheckpointHook):
             self.best_ckpt_path = None
         else:
             self.best_ckpt_path_dict = dict.fromkeys(before)
+        # As with keep_ckpt_ids, since MMEngine saves the newest once more, with the new best one's name.
+        outdated = [PurePath(old).name for old in before.values() if old]
+        runner.message_hub.update_info('outdated_best', outdated)
         super()._save_best_checkpoint(runner, metrics)
+        runner.message_hub.update_info('outdated_best', [])
         for key, old in before.items():
             new = self.best_ckpt_path if single else self.best_ckpt_path_dict[key]
             if new is None and single:
@@ -157,25 +220,34 @@ class CheckpointHook(_CheckpointHook):
             self.file_backend.remove(path)
 
 
+def _evaluated(runner: Runner) -> int | None:
+    """The iteration that was evaluated last."""
+    return runner.message_hub.runtime_info.get('evaluated')
+
+
 def newest_checkpoint(work_dir: str | Path) -> tuple[Path | None, list[str]]:
     """Finds the checkpoint that was saved last among those of a work dir that are whole.
 
-    Looked at are ``iter_N.pth`` and ``epoch_N.pth`` there and beside the file that ``last_checkpoint`` names.
+    That is the one that ``last_checkpoint`` names; where it is not whole, the one of the highest iteration. Looked at
+    are ``iter_N.pth``, ``epoch_N.pth`` and names that are the one in ``last_checkpoint`` but for the numbers, in the
+    work dir and in that one's folder.
 
     Args:
         work_dir: The folder; ``last_checkpoint`` in it may be MMEngine's own, with the path as the run had it.
 
     Returns:
-        The file, None if there is no checkpoint at all; and for each one that was skipped its name and why.
+        The file, None if the run has not saved yet; and for each one that was skipped its name and why.
 
     Raises:
-        ValueError: There are checkpoints, and none is whole.
+        ValueError: There are checkpoints, and none is whole; or there have been, and none is there.
     """
+    work_dir = Path(work_dir)
+    last = _last_saved(work_dir)
     skipped, found = [], []
-    for path in _candidates(Path(work_dir)):
+    for path in _candidates(work_dir, last):
         try:
-            meta = read_meta(path)
-            found.append((str(meta.get('time', '')), meta['iter'], path))
+            # Not by the clock, which may go back. By last_checkpoint, since a run may have gone back to an earlier one.
+            found.append((path == last, read_meta(path)['iter'], path.stat().st_mtime, path))
         except (ValueError, OSError) as error:
             skipped.append(str(error))
     for *_, path in sorted(found, reverse=True):
@@ -184,19 +256,99 @@ def newest_checkpoint(work_dir: str | Path) -> tuple[Path | None, list[str]]:
             return path, skipped
         except (ValueError, OSError) as error:
             skipped.append(str(error))
+    advice = 'Name another one with --resume PATH, or move'
     if skipped:
         listed = ''.join(f'\n  {reason}' for reason in skipped)
         raise ValueError(
-            f'{work_dir}: no checkpoint to go on from is whole:{listed}\n'
-            'Name another one with --resume PATH, or move these away to start anew'
+            f'{work_dir}: no checkpoint to go on from is whole:{listed}\n{advice} these away to start anew'
+        )
+    if (work_dir / LAST).exists():
+        raise ValueError(
+            f'{work_dir / LAST}: the run has saved {last or "a checkpoint"}, and neither that file nor another one to '
+            f'go on from is there. {advice} {LAST} away to start anew'
         )
     return None, []
 
 
-def _candidates(work_dir: Path) -> list[Path]:
-    folders = {work_dir.resolve()}
+def agreed_checkpoint(work_dir: str | Path) -> tuple[Path | None, list[str]]:
+    """Returns what ``newest_checkpoint`` finds on rank 0, which all processes go on from.
+
+    Raises:
+        ValueError: As ``newest_checkpoint``, on all processes; or one of them does not find the same file there.
+    """
+    work_dir = Path(work_dir).resolve()
+    chosen: list = [None]
+    if is_main_process():
+        try:
+            newest, skipped = newest_checkpoint(work_dir)
+            chosen = [(newest and os.path.relpath(newest, work_dir), skipped)]
+        except (ValueError, OSError) as error:
+            chosen = [str(error)]  # or the others would wait
+    broadcast_object_list(chosen)
+    if isinstance(chosen[0], str):
+        raise ValueError(chosen[0])
+    name, skipped = chosen[0]
+    newest = (work_dir / name).resolve() if name else None
+    check_agreement(newest or work_dir / LAST)
+    return newest, skipped
+
+
+def check_agreement(path: str | Path) -> None:
+    """Checks that all processes find the same checkpoint, or none, under a path that each may see differently.
+
+    Raises:
+        ValueError: They do not, on all processes.
+    """
+    found = all_gather_object(_describe(Path(path)))
+    others = [f'\n  rank {rank}: {text}' for rank, text in enumerate(found) if text != found[0]]
+    if others:
+        raise ValueError(
+            f'{path}: the processes do not go on from the same checkpoint. Expected, on rank 0: {found[0]}; found:'
+            f'{"".join(others)}\nThe work dir must be one that all machines see; name it with --work-dir DIR'
+        )
+
+
+def _describe(path: Path) -> str:
+    if not path.is_file():
+        return 'there is no such file'
+    try:
+        iteration = f'iteration {read_meta(path)["iter"]}'
+    except (ValueError, OSError):
+        iteration = 'no checkpoint of a training run'
+    sums = 0
+    with contextlib.suppress(Exception), zipfile.ZipFile(path) as file:  # a damaged one raises almost anything
+        sums = zlib.crc32(repr([member.CRC for member in file.infolist()]).encode())
+    return f'{iteration}, {path.stat().st_size} bytes, checksum {sums:08x}'
+
+
+def _find_latest(work_dir: str) -> str | None:
+    newest, skipped = agreed_checkpoint(work_dir)
+    for reason in skipped:
+        print_log(f'Not resumed from: {reason}', 'current', WARNING)
+    return str(newest) if newest else None
+
+
+# What MMEngine's Runner goes on from where a config has resume=True and no load_from: its own takes what
+# last_checkpoint holds, here the name relative to the work dir, as a path relative to the current folder.
+mmengine_runner.find_latest_checkpoint = _find_latest
+
+
+def _last_saved(work_dir: Path) -> Path | None:
+    """The file that ``last_checkpoint`` names, be it there or not; None: it names none."""
     with contextlib.suppress(OSError, UnicodeDecodeError):
-        last = Path((work_dir / 'last_checkpoint').read_text().strip())
-        folders |= {path.parent.resolve() for path in (work_dir / last, last) if path.is_file()}
-    files = [path for folder in folders for kind in ('iter', 'epoch') for path in folder.glob(f'{kind}_*.pth')]
-    return sorted(path for path in files if path.stem.rpartition('_')[2].isdigit())
+        name = Path((work_dir / LAST).read_text().strip())
+        path, here = work_dir / name, work_dir / name.name
+        # MMEngine's own is absolute, or relative to where the run was started; the work dir may be a copy, or moved.
+        if not path.parent.is_dir() or (name.is_absolute() and here.is_file()):
+            path = here
+        return path.parent.resolve() / path.name if name.name else None
+    return None
+
+
+def _candidates(work_dir: Path, last: Path | None) -> list[Path]:
+    folders = {work_dir.resolve(), *([last.parent] if last else [])}
+    name = r'(iter|epoch)_\d+\.pth'
+    if last:
+        name += '|' + re.sub(r'\d+', r'\\d+', re.escape(last.name))
+    files = [path for folder in folders if folder.is_dir() for path in folder.iterdir()]
+    return sorted(path for path in files if re.fullmatch(name, path.name))

@@ -484,7 +484,11 @@ def _check_resumable(checkpoint: Mapping, source: str) -> None:
     missing = {'meta', 'message_hub', 'optimizer'} - checkpoint.keys()
     if missing:
         raise ValueError(f'{source}: no checkpoint of a training run: it has no {", no ".join(sorted(missing))}')
-    if 'config' in checkpoint['meta']:  # never written by MMEngine, and run by it as Python
+    meta = checkpoint['meta']
+    counts = [meta.get(key) for key in ('iter', 'epoch')] if isinstance(meta, Mapping) else [None]
+    if not all(isinstance(count, int) for count in counts):
+        raise ValueError(f'{source}: no checkpoint of a training run: its meta has no whole numbers iter and epoch')
+    if 'config' in meta:  # never written by MMEngine, and run by it as Python
         raise ValueError(f'{source}: its meta.config is code, which MMEngine would run; no training run writes it')
 
 

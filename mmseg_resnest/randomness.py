@@ -60,9 +60,10 @@ class RandomnessHook(Hook):
             return
         sampler = loader.batch_sampler.sampler
         if not isinstance(sampler, _Numbered):
-            sampler = loader.batch_sampler.sampler = _Numbered(sampler, runner.rank, runner.world_size)
+            sampler = loader.batch_sampler.sampler = _Numbered(loader.batch_sampler, runner.rank, runner.world_size)
         self._numbered = sampler
-        # MMEngine has skipped what an iteration-based run has seen where the sampler can skip; else it replays it.
+        # In an iteration-based run MMEngine is about to skip what was seen: by the sampler itself where it can skip,
+        # whose numbers begin here, and else by the numbered one.
         sampler.next = runner.iter * loader.batch_size if hasattr(sampler.sampler, 'skip') else 0
         loader.dataset.__getitems__ = partial(_seeded_items, loader.dataset, runner.seed)
 
@@ -70,9 +71,9 @@ class RandomnessHook(Hook):
         """Lets an epoch of an epoch-based run begin where it was broken off."""
         if self._numbered is None or hasattr(self._numbered.sampler, 'skip') or not _by_epoch(runner):
             return
-        loader = runner.train_dataloader
-        self._numbered.skip = (runner.iter - runner.epoch * len(loader)) * loader.batch_size
-        self._numbered.next = runner.epoch * len(self._numbered.sampler) + self._numbered.skip
+        loader, numbered = runner.train_dataloader, self._numbered
+        numbered.epoch, numbered.next = runner.epoch, runner.epoch * len(numbered.sampler)
+        numbered.skip((runner.iter - runner.epoch * len(loader)) * loader.batch_size)
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
         """Seeds what the step draws: dropout."""
@@ -87,19 +88,44 @@ class _Numbered(Sampler):
     """A sampler's indices, each with its number in the run, which no other process or epoch has.
 
     Attributes:
+        epoch: Which pass over the sampler begins next; the sampler is told, if it wants to know.
         next: How many samples this process has drawn since the run began.
-        skip: How many indices the next pass leaves out.
     """
 
-    def __init__(self, sampler: Sampler, rank: int, world_size: int) -> None:
-        self.sampler, self.rank, self.world_size = sampler, rank, world_size
-        self.next = self.skip = 0
+    def __init__(self, batches: BatchSampler, rank: int, world_size: int) -> None:
+        self.sampler, self.batch_size, self.drop_last = batches.sampler, batches.batch_size, batches.drop_last
+        self.rank, self.world_size = rank, world_size
+        self.epoch = self.next = 0
+        self._begun: Iterator[tuple[int, Any]] | None = None
 
     def __iter__(self) -> Iterator[tuple[int, Any]]:
-        skip, self.skip = self.skip, 0
-        for index in islice(self.sampler, skip, None):
+        begun, self._begun = self._begun, None
+        return begun or self._pass()
+
+    def _pass(self) -> Iterator[tuple[int, Any]]:
+        if hasattr(self.sampler, 'set_epoch'):  # MMEngine, after a resume, would count from 0
+            self.sampler.set_epoch(self.epoch)
+        self.epoch += 1
+        for index in self.sampler:
             number, self.next = self.next, self.next + 1
             yield number * self.world_size + self.rank, index
+
+    def skip(self, num_samples: int) -> None:
+        """Draws what the first ``num_samples / batch_size`` batches had, pass by pass, and loads none of it.
+
+        Args:
+            num_samples: As if each batch were full; the last one of a pass may be smaller, or dropped.
+        """
+        self._begun = self._pass()
+        while num_samples > 0:
+            drawn = sum(1 for _ in islice(self._begun, num_samples))
+            if drawn == num_samples:
+                return
+            batches = drawn // self.batch_size if self.drop_last else -(-drawn // self.batch_size)
+            if not batches:
+                raise ValueError(f'{type(self.sampler).__name__}: a pass gives {drawn} samples, less than one batch')
+            num_samples -= batches * self.batch_size
+            self._begun = self._pass()
 
     def __len__(self) -> int:
         return len(self.sampler)

@@ -2,7 +2,9 @@
 
 import multiprocessing
 import os
+import re
 import resource
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -10,11 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 from mmengine.hooks import CheckpointHook as StockHook
+from mmengine.hooks import Hook
 from mmengine.runner import find_latest_checkpoint
 from test_hooks import Classifier, Stem, make_runner
 
-from mmseg_resnest.checkpointing import PARTIAL, CheckpointHook, newest_checkpoint, write_whole
+from mmseg_resnest.checkpointing import PARTIAL, CheckpointHook, agreed_checkpoint, newest_checkpoint, write_whole
 from mmseg_resnest.checkpoints import read_checkpoint
+from mmseg_resnest.signals import SignalHook
 
 
 def run(work_dir, iterations, hook=None, width=4, **options):
@@ -51,10 +55,21 @@ def flip(content):
     return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
 
 
+def flip_key(content):
+    """Flips one bit of the key ``iter``, where the checkpoint is pickled."""
+    assert content.count(b'\x04\x00\x00\x00iter') > 0
+    return content.replace(b'\x04\x00\x00\x00iter', b'\x04\x00\x00\x00itez', 1)
+
+
 @pytest.mark.parametrize(
     ('damage', 'reason'),
-    [(flip, 'iter_3.pth'), (lambda content: content[:1000], '1000 bytes'), (lambda _: b'', '0 bytes')],
-    ids=['a flipped bit', 'cut off', 'empty'],
+    [
+        (flip, 'iter_3.pth'),
+        (flip_key, 'no whole numbers iter and epoch'),
+        (lambda content: content[:1000], '1000 bytes'),
+        (lambda _: b'', '0 bytes'),
+    ],
+    ids=['a flipped bit', 'a flipped bit of a key', 'cut off', 'empty'],
 )
 def test_a_damaged_one_is_skipped_and_named(damage, reason, saved):
     path = saved / 'iter_3.pth'
@@ -64,6 +79,16 @@ def test_a_damaged_one_is_skipped_and_named(damage, reason, saved):
     assert len(skipped) == 1
     assert str(path) in skipped[0]
     assert reason in skipped[0]
+
+
+@pytest.mark.parametrize(
+    'meta', [None, 3, {}, dict(iter=4), dict(iter='4', epoch=0)], ids=['none', 'a number', 'empty', 'no epoch', 'text']
+)
+def test_one_that_says_no_iteration_is_skipped_and_named(meta, saved):
+    torch.save(dict(meta=meta, message_hub={}, optimizer={}), saved / 'iter_4.pth')
+    newest, (reason,) = newest_checkpoint(saved)
+    assert newest == saved / 'iter_3.pth'
+    assert reason.startswith(f'{saved / "iter_4.pth"}: no checkpoint of a training run: its meta has no whole numbers')
 
 
 def test_none_that_is_whole_is_an_error_and_none_at_all_is_not(saved, tmp_path):
@@ -80,6 +105,132 @@ def test_those_of_stock_mmengine_are_found(tmp_path):
     moved = (tmp_path / 'w').rename(tmp_path / 'moved')
     assert (moved / 'last_checkpoint').read_text() == str(tmp_path / 'w' / 'iter_3.pth')
     assert newest_checkpoint(moved) == (moved / 'iter_3.pth', [])
+
+
+@pytest.mark.parametrize('text', ['iter_5.pth', 'gone/iter_5.pth'])
+def test_one_of_another_run_in_the_current_folder_is_not_taken(text, saved, tmp_path, monkeypatch):
+    run(tmp_path / 'other', 5, max_keep_ckpts=9).train()
+    (saved / 'last_checkpoint').write_text(text)
+    monkeypatch.chdir(tmp_path / 'other')
+    assert newest_checkpoint(saved) == (saved / 'iter_3.pth', [])
+
+
+@pytest.mark.parametrize('absolute', [False, True])
+def test_a_copy_of_a_stock_work_dir_goes_on_by_itself(absolute, tmp_path, monkeypatch):
+    """The original has gone on; ``last_checkpoint`` is relative to where the run was started, or absolute."""
+    monkeypatch.chdir(tmp_path)
+    work_dir = tmp_path / 'w' if absolute else Path('w')
+    run(work_dir, 2, StockHook(by_epoch=False, interval=1)).train()
+    assert newest_checkpoint(work_dir) == (tmp_path / 'w' / 'iter_2.pth', [])
+    shutil.copytree('w', 'copy')
+    run(work_dir, 3, StockHook(by_epoch=False, interval=1)).train()
+    assert newest_checkpoint('copy') == (tmp_path / 'copy' / 'iter_2.pth', [])
+
+
+def test_the_last_one_of_a_run_that_went_back_is_taken(saved):
+    """Iteration 2 is saved once more; where that is damaged, the highest is the newest, whatever the clocks said."""
+    for iteration in (1, 2, 3):
+        content = torch.load(saved / f'iter_{iteration}.pth', weights_only=False)
+        content['meta']['time'] = f'2026010{9 - iteration}_000000'  # the clock has gone back
+        torch.save(content, saved / f'iter_{iteration}.pth')
+    (saved / 'last_checkpoint').write_text('iter_2.pth')
+    assert newest_checkpoint(saved)[0].name == 'iter_2.pth'
+    (saved / 'iter_2.pth').write_bytes(b'')
+    assert newest_checkpoint(saved)[0].name == 'iter_3.pth'
+
+
+def test_other_names_and_folders_are_found_though_the_last_one_is_gone(tmp_path):
+    run(tmp_path / 'w', 2, filename_tmpl='model_{}.pth').train()
+    assert newest_checkpoint(tmp_path / 'w') == (tmp_path / 'w' / 'model_2.pth', [])
+    (tmp_path / 'w' / 'model_2.pth').unlink()
+    assert newest_checkpoint(tmp_path / 'w') == (tmp_path / 'w' / 'model_1.pth', [])
+    run(tmp_path / 'v', 2, out_dir=str(tmp_path / 'elsewhere')).train()
+    assert (tmp_path / 'v' / 'last_checkpoint').read_text() == '../elsewhere/v/iter_2.pth'
+    (tmp_path / 'elsewhere' / 'v' / 'iter_2.pth').unlink()
+    assert newest_checkpoint(tmp_path / 'v') == (tmp_path / 'elsewhere' / 'v' / 'iter_1.pth', [])
+
+
+@pytest.mark.parametrize('text', [b'iter_3.pth', b'', b'\xff\xfe', b'a\x00b', b'x' * 5000, b'/nowhere/iter_9.pth'])
+def test_a_run_that_has_saved_does_not_start_anew_without_a_word(text, saved):
+    (saved / 'last_checkpoint').write_bytes(text)
+    assert newest_checkpoint(saved) == (saved / 'iter_3.pth', [])
+    for path in saved.glob('*.pth'):
+        path.unlink()
+    with pytest.raises(ValueError, match=r'last_checkpoint: the run has saved .* is there. Name another one with'):
+        newest_checkpoint(saved)
+
+
+def test_mmengines_own_resume_finds_it(saved, tmp_path):
+    """As a config with ``resume=True`` has it, in mmsegmentation's train.py too."""
+    (saved / 'iter_3.pth').write_bytes(b'')
+    for start in (2, 3):  # then from what it has saved itself
+        runner = run(saved, start + 1, max_keep_ckpts=3)
+        runner._resume = True
+        runner.train()
+        assert newest_checkpoint(saved)[0].name == f'iter_{start + 1}.pth'
+    log = ''.join(path.read_text() for path in saved.rglob('*.log'))
+    assert f'Not resumed from: {saved}/iter_3.pth (0 bytes)' in log
+    assert f'Auto resumed from the latest checkpoint {saved}/iter_2.pth' in log
+    assert 'resumed epoch: 0, iter: 3' in log
+
+
+def agree(rank, folders, answers):
+    """What one of two processes, each with a work dir of its own, goes on from."""
+    os.chdir(folders[rank])
+    store = torch.distributed.FileStore(str(folders[0] / 'store'), 2)
+    torch.distributed.init_process_group('gloo', store=store, rank=rank, world_size=2)
+    try:
+        answer = agreed_checkpoint('w')
+    except ValueError as error:
+        answer = str(error)
+    answers.put((rank, answer))
+
+
+@pytest.mark.parametrize(
+    ('edit', 'found'),
+    [
+        (lambda saved: None, None),
+        (lambda saved: (saved / 'iter_3.pth').unlink(), 'there is no such file'),
+        (lambda saved: shutil.copy(saved / 'iter_2.pth', saved / 'iter_3.pth'), 'iteration 2, '),
+    ],
+    ids=['the same', 'gone', 'another one'],
+)
+def test_all_processes_go_on_from_the_same_one(edit, found, saved, tmp_path):
+    folders = [tmp_path, tmp_path / 'second']
+    shutil.copytree(saved, folders[1] / 'w')
+    edit(folders[1] / 'w')
+    answers = answers_of_two(folders)
+    if found is None:
+        assert answers == [(folder / 'w' / 'iter_3.pth', []) for folder in folders]
+    else:
+        for folder, answer in zip(folders, answers, strict=True):
+            assert answer.startswith(f'{folder}/w/iter_3.pth: the processes do not go on from the same checkpoint. ')
+            assert f'on rank 0: iteration 3, {(saved / "iter_3.pth").stat().st_size} bytes, checksum ' in answer
+            assert f'; found:\n  rank 1: {found}' in answer
+
+
+def test_processes_of_which_rank_0_alone_has_none_do_not_start(saved, tmp_path):
+    (tmp_path / 'first').mkdir()
+    for answer in answers_of_two([tmp_path / 'first', tmp_path]):
+        assert 'on rank 0: there is no such file; found:\n  rank 1: no checkpoint of a training run, 10 bytes' in answer
+
+
+def test_what_rank_0_cannot_go_on_from_stops_all(saved, tmp_path):
+    for path in saved.glob('*.pth'):
+        path.write_bytes(b'')
+    assert all('no checkpoint to go on from is whole' in answer for answer in answers_of_two([tmp_path, saved]))
+
+
+def answers_of_two(folders):
+    context = multiprocessing.get_context('fork')
+    answers = context.Queue()
+    processes = [context.Process(target=agree, args=(rank, folders, answers)) for rank in (0, 1)]
+    for process in processes:
+        process.start()
+    found = dict(answers.get(timeout=60) for _ in processes)
+    for process in processes:
+        process.join()
+    return [found[0], found[1]]
 
 
 def test_one_to_keep_is_the_last_and_a_resumed_run_deletes_the_one_before(tmp_path):
@@ -110,6 +261,147 @@ def test_the_best_before_is_deleted_once_the_next_is_there(best, tmp_path):
     assert [name.endswith('_iter_2.pth') for name in kept] == [True] * keys
     assert len(before_remove) == keys
     assert sum(name.startswith('best') for name in before_remove[0]) > keys  # the next one was there already
+
+
+def run_with_best(work_dir, iterations, best, score, max_keep_ckpts=2, **other):
+    """Trains and evaluates once, at the end, as if with that score; a work dir that has checkpoints is resumed."""
+    hook = CheckpointHook(by_epoch=False, interval=1, max_keep_ckpts=max_keep_ckpts, save_best=best, rule='greater')
+    runner = run(work_dir, iterations, hook)
+    runner._val_loop = None
+    if newest := newest_checkpoint(work_dir)[0]:
+        runner.resume(str(newest))
+    runner.train()
+    hook._save_best_checkpoint(runner, {'images/count': score, 'rank': score} | other)
+
+
+def bests(folder):
+    return sorted({name.rpartition('_')[2] for name in files(folder) if name.startswith('best')})
+
+
+@pytest.mark.parametrize('best', ['images/count', ['images/count', 'rank']])
+def test_a_copied_run_leaves_the_best_of_the_original_and_a_moved_one_replaces_its_own(best, tmp_path):
+    run_with_best(tmp_path / 'w', 2, best, 3)
+    shutil.copytree(tmp_path / 'w', tmp_path / 'copy')
+    run_with_best(tmp_path / 'copy', 4, best, 5)
+    assert (bests(tmp_path / 'w'), bests(tmp_path / 'copy')) == (['2.pth'], ['4.pth'])
+    moved = (tmp_path / 'w').rename(tmp_path / 'moved')
+    run_with_best(moved, 4, best, 5)
+    assert bests(moved) == ['4.pth']
+
+
+def train_until_killed(work_dir, best):
+    """Goes on until it is about to remove a checkpoint, or the best one, and kills itself there."""
+    hook = CheckpointHook(by_epoch=False, interval=1, max_keep_ckpts=1, save_best='images/count', rule='greater')
+    remove = hook._remove
+    hook._remove = lambda path: os.kill(os.getpid(), signal.SIGKILL) if best == ('best' in path) else remove(path)
+    runner = run(work_dir, 100, hook)
+    runner._val_loop = None
+    after_train_iter = hook.after_train_iter
+
+    def evaluate(runner, *args, **kwargs):
+        after_train_iter(runner, *args, **kwargs)
+        if best:
+            runner.train_loop._iter += 1
+            hook._save_best_checkpoint(runner, {'images/count': runner.iter})
+            runner.train_loop._iter -= 1
+
+    hook.after_train_iter = evaluate
+    if newest := newest_checkpoint(work_dir)[0]:
+        runner.resume(str(newest))
+    runner.train()
+
+
+@pytest.mark.parametrize('best', [False, True], ids=['the last', 'the best'])
+def test_kill_9_before_the_old_one_is_removed(best, tmp_path):
+    """The resumed run removes it, however often that happens."""
+    for _ in range(3):
+        child = multiprocessing.get_context('fork').Process(target=train_until_killed, args=(tmp_path, best))
+        child.start()
+        child.join()
+        assert child.exitcode == -signal.SIGKILL
+    newest, _ = newest_checkpoint(tmp_path)
+    assert len(files(tmp_path)) == (3 if best else 2)  # none of the earlier kills
+    run_with_best(tmp_path, int(newest.stem.removeprefix('iter_')) + 1, 'images/count', 100, max_keep_ckpts=1)
+    name = f'{newest.stem[:5]}{int(newest.stem[5:]) + 1}.pth'
+    assert files(tmp_path) == [f'best_images_count_{name}', name]
+
+
+def test_a_best_one_that_is_still_the_best_is_not_outdated(tmp_path, monkeypatch):
+    """Of two figures one gets better, and the run ends before the best one before is removed."""
+    best = ['images/count', 'rank']
+    run_with_best(tmp_path, 1, best, 3)
+    monkeypatch.setattr(CheckpointHook, '_remove', lambda self, path: None)
+    run_with_best(tmp_path, 2, best, 5, rank=2)
+    assert len(files(tmp_path)) == 5
+    monkeypatch.undo()
+    run_with_best(tmp_path, 3, best, 0)
+    kept = ['best_images_count_iter_2.pth', 'best_rank_iter_1.pth', 'iter_2.pth', 'iter_3.pth']
+    assert files(tmp_path) == kept
+
+
+class End(Hook):
+    """Ends the process by a signal in an iteration, or by kill -9 in the evaluation after it; notes what is evaluated.
+
+    Args:
+        number: The signal, or None.
+        iteration: The iteration.
+    """
+
+    priority = 'VERY_HIGH'
+
+    def __init__(self, number=None, iteration=None):
+        self.number, self.iteration, self.evaluated = number, iteration, []
+
+    def before_train_iter(self, runner, batch_idx, data_batch=None):
+        if runner.iter + 1 == self.iteration and self.number == signal.SIGUSR1:
+            os.kill(os.getpid(), self.number)
+
+    def before_val_epoch(self, runner):
+        if runner.iter == self.iteration and self.number == signal.SIGKILL:
+            os.kill(os.getpid(), self.number)
+
+    def after_val_epoch(self, runner, metrics=None):
+        self.evaluated.append((runner.iter, runner.model.head.weight.square().sum().item()))
+
+
+def evaluations(work_dir, end):
+    """Returns what a run of six iterations evaluates, which is due after three and six, or what is left of it."""
+    torch.manual_seed(0)
+    runner = run(work_dir, 6, max_keep_ckpts=2)
+    runner.register_hook(end)
+    runner.register_hook(SignalHook())
+    if newest := newest_checkpoint(work_dir)[0]:
+        runner.resume(str(newest))
+    runner.train()
+    return end.evaluated
+
+
+@pytest.mark.parametrize('iteration', [3, 6])
+@pytest.mark.parametrize(('number', 'code'), [(signal.SIGUSR1, 138), (signal.SIGKILL, -9)], ids=['SIGUSR1', 'kill -9'])
+def test_an_evaluation_that_was_cut_off_is_made_first(number, code, iteration, tmp_path):
+    """Saved is each iteration, before its evaluation; what has been evaluated is not evaluated once more."""
+    undisturbed = evaluations(tmp_path / 'undisturbed', End())
+    assert [at for at, _ in undisturbed] == [3, 6]
+    child = multiprocessing.get_context('fork').Process(
+        target=evaluations, args=(tmp_path / 'w', End(number, iteration))
+    )
+    child.start()
+    child.join()
+    assert child.exitcode == code
+    assert newest_checkpoint(tmp_path / 'w')[0].name == f'iter_{iteration}.pth'
+    assert evaluations(tmp_path / 'w', End()) == [each for each in undisturbed if each[0] >= iteration]
+    assert evaluations(tmp_path / 'w', End()) == []
+
+
+def test_a_save_between_two_steps_is_told(tmp_path):
+    """Three iterations make a step, and the last one always does."""
+    runner = run(tmp_path, 5)
+    runner._val_loop = None
+    runner.optim_wrapper['accumulative_counts'] = 3
+    runner.train()
+    log = next(tmp_path.rglob('*.log')).read_text()
+    told = re.findall(r'(iter_\d\.pth) is saved between two steps.* multiples of accumulative_counts=3', log)
+    assert told == ['iter_1.pth', 'iter_2.pth', 'iter_4.pth']
 
 
 def train_for_ever(work_dir):

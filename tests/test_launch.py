@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -164,6 +165,23 @@ def test_two_processes_train(launcher, folder, tmp_path):
     assert checkpoint['meta']['iter'] == 2
     assert checkpoint['state_dict']['backbone.bn1.num_batches_tracked'] == 2
     assert all(value.isfinite().all() for value in checkpoint['state_dict'].values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('flags', [['--resume'], ['--resume', 'w/iter_2.pth']], ids=['the newest', 'named'])
+def test_two_processes_that_see_other_checkpoints_do_not_train(flags, folder, checkpoint, tmp_path):
+    """As on machines whose work dirs are their own: each process has another current folder."""
+    for name in ('first', 'second'):
+        shutil.copytree(folder / 'w', tmp_path / name / 'w')
+    (tmp_path / 'second/w/iter_2.pth').unlink()
+    command = [CAMVID, '--work-dir', 'w', *flags, *arguments(str(folder / 'data')), 'train_cfg.max_iters=3']
+    cwds = [tmp_path / 'first', tmp_path / 'second']
+    tasks = [Tool('train', *command, cwd=cwd, **task) for cwd, task in zip(cwds, step_of_two(), strict=True)]
+    for done in (task.wait() for task in tasks):
+        assert done.returncode == 1
+        assert 'w/iter_2.pth: the processes do not go on from the same checkpoint. Expected, on' in done.stderr
+        assert 'found:\n  rank 1: there is no such file' in done.stderr
+    assert not list(tmp_path.rglob('iter_3.pth'))
 
 
 @pytest.fixture(scope='module')

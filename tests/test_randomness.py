@@ -9,10 +9,12 @@ import time
 import numpy as np
 import pytest
 import torch
+from mmengine.runner import loops
 from test_hooks import config_runner
 from test_launch import free_port
 from test_signals import HERE, command, pid_of_rank, torchrun, wait_for_log
 from tiny import write_data_set
+from torch.utils.data import BatchSampler
 
 from mmseg_resnest.checkpoints import read_checkpoint
 from mmseg_resnest.randomness import SAMPLE, STEP, _Numbered, seed_generators
@@ -25,10 +27,10 @@ def data(tmp_path_factory):
     return write_data_set(tmp_path_factory.mktemp('data') / 'data', training=6, validation=2)
 
 
-def train(work_dir, data, workers, *options, edit=lambda cfg: None):
-    """Trains five iterations with dropout and augmentation; a checkpoint is kept of every one."""
+def train(work_dir, data, workers, *options, edit=lambda cfg: None, iterations=5):
+    """Trains with dropout and augmentation; a checkpoint is kept of every one."""
     saving = ['default_hooks.checkpoint.interval=1', 'default_hooks.checkpoint.max_keep_ckpts=-1']
-    loader = [f'train_dataloader.num_workers={workers}', 'train_cfg.max_iters=5']
+    loader = [f'train_dataloader.num_workers={workers}', f'train_cfg.max_iters={iterations}']
     runner = config_runner(work_dir, data, *DROPOUT, *saving, *loader, *options, edit=edit)
     runner.train()
     assert runner.iter == runner.max_iters
@@ -101,6 +103,46 @@ def test_an_epoch_that_was_broken_off_goes_on_with_its_next_batch(data, tmp_path
     assert_equal(tmp_path / 'r' / 'iter_6.pth', tmp_path / 'w' / 'iter_6.pth')
 
 
+class Shuffled(torch.utils.data.Sampler):
+    """A sampler that neither skips nor is told the epoch, as somebody's own."""
+
+    def __init__(self, size):
+        self.size, self.generator = size, torch.Generator().manual_seed(0)
+
+    def __len__(self):
+        return self.size
+
+    def __iter__(self):
+        return iter(torch.randperm(self.size, generator=self.generator).tolist())
+
+
+def numbered_batches(drop_last):
+    return BatchSampler(_Numbered(BatchSampler(Shuffled(7), 3, drop_last), 0, 1), 3, drop_last)
+
+
+@pytest.mark.parametrize('drop_last', [False, True])
+def test_what_is_skipped_is_what_the_passes_before_gave(drop_last):
+    """Passes of seven samples in batches of three, of which the last is smaller or dropped."""
+    batches = numbered_batches(drop_last)
+    undisturbed = [batch for _ in range(3) for batch in batches]
+    for skipped in range(len(undisturbed)):
+        batches = numbered_batches(drop_last)
+        batches.sampler.skip(3 * skipped)
+        assert [batch for _ in range(3) for batch in batches][: len(undisturbed) - skipped] == undisturbed[skipped:]
+
+
+@pytest.mark.parametrize('workers', [0, 2])
+def test_a_sampler_that_cannot_skip_goes_on_exactly(workers, data, tmp_path, monkeypatch):
+    """Passes of two batches, of four and two images, resumed in the second and the third pass, before the fourth."""
+    monkeypatch.setattr(loops.time, 'sleep', lambda _: None)  # MMEngine's two seconds between two passes
+    options = ['train_dataloader.sampler.type=DefaultSampler', 'train_dataloader.batch_size=4']
+    train(tmp_path / 'w', data, 0, *options, iterations=7)
+    for iteration in (3, 4):
+        resumed = [*options, *resumed_from(tmp_path / 'w' / f'iter_{iteration}.pth')]
+        train(tmp_path / f'r{iteration}', data, workers, *resumed, iterations=7)
+        assert_equal(tmp_path / f'r{iteration}' / 'iter_7.pth', tmp_path / 'w' / 'iter_7.pth')
+
+
 def drawn():
     return random.random(), np.random.rand(), torch.rand(1).item()
 
@@ -115,20 +157,22 @@ def test_the_generators_follow_from_the_key():
 
 
 def test_two_ranks_number_their_samples_without_a_gap():
-    numbered = [_Numbered(range(rank, 6, 2), rank, 2) for rank in (0, 1)]
+    numbered = [_Numbered(BatchSampler(range(rank, 6, 2), 1, False), rank, 2) for rank in (0, 1)]
     assert [list(each) for each in numbered] == [[(0, 0), (2, 2), (4, 4)], [(1, 1), (3, 3), (5, 5)]]
 
 
-def test_a_resume_at_iteration_160_000_does_not_replay_the_data(whole, data, tmp_path):
+@pytest.mark.parametrize('sampler', ['InfiniteSampler', 'DefaultSampler'])
+def test_a_resume_at_iteration_160_000_does_not_replay_the_data(sampler, whole, data, tmp_path):
     """The first batch is there within two seconds of what a start takes."""
     checkpoint = torch.load(whole / 'iter_2.pth', weights_only=False)
     checkpoint['meta']['iter'] = 160_000
     torch.save(checkpoint, tmp_path / 'late.pth')
     seconds = []
+    sampler = f'train_dataloader.sampler.type={sampler}'
     late = ['train_cfg.max_iters=160001', *resumed_from(tmp_path / 'late.pth')]
     for name, options in (('a', ['train_cfg.max_iters=1']), ('b', late)):
         start = time.perf_counter()
-        train(tmp_path / name, data, 0, *options)
+        train(tmp_path / name, data, 0, sampler, *options)
         seconds.append(time.perf_counter() - start)
     assert (tmp_path / 'b' / 'iter_160001.pth').is_file()
     assert seconds[1] < seconds[0] + 2

@@ -372,7 +372,7 @@ def broken(trained):
     other = weights(trained / 'w' / 'iter_2.pth')
     other['stem.weight'] = other.pop('backbone.conv1.0.weight')
     other['decode_head.conv_seg.bias'] = torch.zeros(19)
-    torch.save(dict(state_dict=other, meta={}, optimizer={}, message_hub={}), trained / 'other.pth')
+    torch.save(dict(state_dict=other, meta=dict(iter=0, epoch=0), optimizer={}, message_hub={}), trained / 'other.pth')
     torch.save(weights(trained / 'w' / 'iter_2.pth'), trained / 'weights.pth')
     whole = torch.load(trained / 'w' / 'iter_2.pth', weights_only=False)
     whole['meta']['config'] = f'import os\nos.mkdir({str(trained / "made")!r})\n'

@@ -13,7 +13,7 @@ import argparse
 from mmengine.config import Config
 
 from mmseg_resnest import cli, launch
-from mmseg_resnest.checkpointing import newest_checkpoint
+from mmseg_resnest.checkpointing import agreed_checkpoint, check_agreement
 from mmseg_resnest.checkpoints import StrictLoading
 from mmseg_resnest.dataset_check import add_skip_option, check_before_run
 from mmseg_resnest.datasets import check_classes
@@ -55,7 +55,7 @@ def set_amp(cfg: Config, amp: str) -> None:
 
 
 def set_start(cfg: Config, args: argparse.Namespace) -> list[str]:
-    """Sets what the run starts from: the command line's checkpoint, else the config's, or none.
+    """Sets what the run starts from, on all processes: the command line's checkpoint, else the config's, or none.
 
     Returns:
         For the log: which newer checkpoints were skipped and why, or that there is none to go on from.
@@ -66,13 +66,15 @@ def set_start(cfg: Config, args: argparse.Namespace) -> list[str]:
     resume = args.resume or (cfg.get('resume') and (cfg.get('load_from') or True))
     remarks = []
     if resume is True or launch.is_restarted():
-        newest, skipped = newest_checkpoint(cfg.work_dir)
+        newest, skipped = agreed_checkpoint(cfg.work_dir)
         remarks = [f'Not resumed from: {reason}' for reason in skipped]
         resume = newest or (None if resume is True else resume)
         if not resume:
             remarks.append(f'No checkpoint in {cfg.work_dir} to go on from: a new run')
     cfg.resume = bool(resume)
     if cfg.resume:
+        if isinstance(resume, str):  # named, by the command line or the config
+            check_agreement(resume)
         cfg.load_from = cli.existing_checkpoint(resume)
     elif args.fine_tune:
         cfg.load_from = cli.existing_checkpoint(args.fine_tune)
@@ -93,6 +95,7 @@ def keep_alive(cfg: Config) -> None:
 def train(args: argparse.Namespace) -> None:
     """Builds the runner that the command line asks for and trains."""
     cfg = cli.load_config(args, 'train_dataloader')
+    launch.set_launcher(cfg)
     remarks = set_start(cfg, args)
     loaders = [loader for loader in ('train_dataloader', 'val_dataloader') if cfg.get(loader)]
     for loader in loaders:
@@ -103,7 +106,6 @@ def train(args: argparse.Namespace) -> None:
         set_amp(cfg, args.amp)
     if args.seed is not None:
         cfg.randomness = dict(cfg.get('randomness') or {}, seed=args.seed)
-    launch.set_launcher(cfg)
     keep_alive(cfg)
     runner = cli.build_runner(cfg)
     for remark in remarks:
