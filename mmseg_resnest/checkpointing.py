@@ -91,6 +91,9 @@ class CheckpointHook(_CheckpointHook):
 
     def before_train(self, runner: Runner) -> None:
         """Clears away what a killed run was writing, and finds the best one where the work dir is now."""
+        if self._goes_on_from_elsewhere(runner):  # whose numbers name other files here
+            for name in ('keep_ckpt_ids', 'outdated_best'):
+                runner.message_hub.runtime_info.pop(name, None)
         super().before_train(runner)
         keys = self.key_indicators if self.save_best else []
         best = {key: self._here(runner, 'best_ckpt' if len(keys) == 1 else f'best_ckpt_{key}') for key in keys}
@@ -128,6 +131,11 @@ class CheckpointHook(_CheckpointHook):
         saved = Path(self.last_ckpt or '').name == self.filename_tmpl.format(runner.iter)
         if saved and self._by_iteration(runner) and self._evaluated != runner.iter:
             self._save_checkpoint_with_step(runner, runner.iter, dict(epoch=runner.epoch, iter=runner.iter))
+
+    def _goes_on_from_elsewhere(self, runner: Runner) -> bool:
+        work_dir = Path(runner.work_dir).resolve()
+        own = Path(self.out_dir).resolve() / work_dir.name if self.out_dir else work_dir  # as MMEngine makes it
+        return bool(runner._load_from) and Path(runner._load_from).resolve().parent != own
 
     def _by_iteration(self, runner: Runner) -> bool:
         return not self.by_epoch and isinstance(runner.train_loop, IterBasedTrainLoop)

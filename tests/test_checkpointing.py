@@ -326,6 +326,21 @@ def test_kill_9_before_the_old_one_is_removed(best, tmp_path):
     assert files(tmp_path) == [f'best_images_count_{name}', name]
 
 
+def test_going_on_from_another_run_deletes_nothing_here(tmp_path):
+    """Whose list of what it keeps has the same numbers."""
+    other = run(tmp_path / 'other', 2, max_keep_ckpts=1)
+    other.train()
+    other.message_hub.update_info('keep_ckpt_ids', [1, 2])  # as where it is killed before 1 is removed
+    other.save_checkpoint(str(tmp_path / 'other'), 'iter_2.pth', by_epoch=False)
+    run(tmp_path / 'mine', 1).train()
+    before = (tmp_path / 'mine/iter_1.pth').read_bytes()
+    mine = run(tmp_path / 'mine', 3, max_keep_ckpts=1)
+    mine._load_from, mine._resume = str(tmp_path / 'other/iter_2.pth'), True
+    mine.train()
+    assert (tmp_path / 'mine/iter_1.pth').read_bytes() == before
+    assert (tmp_path / 'other/iter_2.pth').exists()
+
+
 def test_a_best_one_that_is_still_the_best_is_not_outdated(tmp_path, monkeypatch):
     """Of two figures one gets better, and the run ends before the best one before is removed."""
     best = ['images/count', 'rank']
