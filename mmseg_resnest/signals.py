@@ -147,23 +147,24 @@ def _guard_forks() -> None:
 class _Shielded:
     """A worker's initialisation that lets it outlive the signals: Ctrl-C and Slurm send them to all processes.
 
-    SIGTERM from its parent, which is how multiprocessing ends a worker, ends it.
+    SIGTERM from the process that has made this, which is how multiprocessing ends a worker, ends it.
     """
 
     def __init__(self, initialise: Callable[[int], None] | None) -> None:
         self.initialise = initialise
+        self.trainer = os.getpid()  # a worker's parent is another one where a server forks
 
     def __call__(self, worker: int) -> None:
         if hasattr(signal, 'sigwaitinfo'):  # not on macOS; a handler would not be told who has sent the signal
             signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-            threading.Thread(target=_end_with, args=(os.getppid(),), name='signals', daemon=True).start()
+            threading.Thread(target=_end_with, args=(self.trainer,), name='signals', daemon=True).start()
         if self.initialise is not None:
             self.initialise(worker)
 
 
-def _end_with(parent: int) -> None:
-    """Takes the signals of a worker, and ends it when its parent wants it to."""
+def _end_with(trainer: int) -> None:
+    """Takes the signals of a worker, and ends it when the process that trains wants it to."""
     while True:
         received = signal.sigwaitinfo(SIGNALS)
-        if (received.si_signo, received.si_pid) == (signal.SIGTERM, parent):
+        if (received.si_signo, received.si_pid) == (signal.SIGTERM, trainer):
             os._exit(0)

@@ -13,10 +13,11 @@ from types import SimpleNamespace
 import pytest
 from test_checkpointing import wait_for
 from tiny import CAMVID, ENVIRONMENT, OPTIONS, ROOT, Tool, run_tool, write_data_set
+from torch.utils.data import DataLoader
 
 from mmseg_resnest.checkpointing import newest_checkpoint
 from mmseg_resnest.checkpoints import read_checkpoint
-from mmseg_resnest.signals import SignalHook
+from mmseg_resnest.signals import SignalHook, _Shielded
 
 FOR_EVER = [
     'train_cfg.max_iters=100000',
@@ -168,6 +169,20 @@ def test_a_forked_process_does_not_tell_its_signals_to_the_one_that_trains():
         assert hook._received == signal.SIGINT
     finally:
         hook._give_back()
+
+
+def test_a_worker_that_a_server_has_forked_ends_with_its_trainer_only():
+    """The server is the worker's parent."""
+    options = dict(num_workers=1, multiprocessing_context='forkserver', persistent_workers=True)
+    loader = DataLoader(range(2), worker_init_fn=_Shielded(None), **options)
+    assert len(list(loader)) == 2
+    (worker,) = loader._iterator._workers
+    subprocess.run(['kill', '-TERM', str(worker.pid)], check=True)
+    worker.join(0.5)
+    assert worker.is_alive()
+    worker.terminate()
+    worker.join(10)
+    assert worker.exitcode == 0
 
 
 # ------------------------------------------------------------------------------------------------------ two processes
