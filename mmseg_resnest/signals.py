@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 from mmseg_resnest.checkpointing import CheckpointHook
 from mmseg_resnest.optim import AutocastOptimWrapper
 from mmseg_resnest.registry import HOOKS
+from mmseg_resnest.watch import WatchHook
 
 SIGNALS = (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM)
 
@@ -91,6 +92,8 @@ class SignalHook(Hook):
         barrier()  # the first process that ends may take the others along
         name = signal.Signals(number).name
         runner.logger.warning(f'{name}: stopped after iteration {runner.iter + 1}; saved {saved}. --resume goes on')
+        for watch in (hook for hook in runner.hooks if isinstance(hook, WatchHook)):
+            watch.after_train(runner)
         self.after_train(runner)
         raise SystemExit(128 + number)
 

@@ -8,7 +8,7 @@ import uuid
 from enum import IntEnum
 from typing import Any, NamedTuple
 
-from mmengine.dist import broadcast_object_list
+from mmengine.dist import barrier, broadcast_object_list
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 from torch.distributed import PrefixStore, Store
@@ -97,10 +97,11 @@ class WatchHook(Hook):
         self._evaluate(runner, batch_idx + 1)
 
     def after_train(self, runner: Runner) -> None:
-        """Ends the watch."""
+        """Ends the watch of all ranks: only then may the one that keeps the store leave."""
         if self._thread is not None:
             self._done.set()
             self._thread.join()
+            barrier()
 
     def _evaluate(self, runner: Runner, batches: int) -> None:
         if batches < len(runner.val_loop.dataloader):

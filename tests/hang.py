@@ -2,6 +2,7 @@
 
 import os
 import time
+from multiprocessing.util import Finalize
 from pathlib import Path
 
 from mmengine.hooks import Hook
@@ -11,7 +12,7 @@ from tiny import CAMVID
 
 @HOOKS.register_module()
 class Hang(Hook):
-    """Sleeps on ``rank`` in the iteration ``at``, at the ``point`` of training: a hook's name."""
+    """Sleeps on ``rank`` in the iteration ``at``, at the ``point`` of training: a hook's name, or ``'exit'``."""
 
     priority = 'LOWEST'
 
@@ -21,6 +22,10 @@ class Hang(Hook):
     def _reach(self, runner, point):
         if (runner.rank, runner.iter, self.point) == (self.rank, self.at, point):
             time.sleep(self.seconds)
+
+    def before_train(self, runner):
+        if (runner.rank, self.point) == (self.rank, 'exit'):
+            Finalize(None, time.sleep, (self.seconds,), exitpriority=0)  # atexit is not for multiprocessing
 
     def before_train_iter(self, runner, *_, **__):
         self._reach(runner, 'before_train_iter')

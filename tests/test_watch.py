@@ -103,3 +103,15 @@ def test_a_rank_that_hangs_is_named_by_both(rank, point, validation, tmp_path):
     reason = f'rank {rank} has been behind the others for {TIMEOUT} s'
     for own, tool in enumerate(tools):
         assert f'error on rank {own}: {reason}' in tool.logs[1].read_text()
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_slow_to_leave_after_a_signal_leaves_with_its_code(data, tmp_path):
+    """Rank 0 has taken the store with it by then."""
+    config = write_config(tmp_path, rank=1, point='exit', at=0, seconds=TIMEOUT * 2)
+    with two_tasks(config, data, tmp_path) as tools:
+        wait_for_log(' 3/100000]', tmp_path)
+        os.kill(tools[0].process.pid, signal.SIGUSR1)
+        for tool in tools:
+            tool.process.join(TIMEOUT * 2 + SLACK)
+        assert [tool.process.exitcode for tool in tools] == [138, 138]
