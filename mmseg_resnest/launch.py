@@ -2,11 +2,14 @@
 
 import os
 import subprocess
+import time
+import uuid
 from datetime import timedelta
 
 import torch
 import torch.distributed
 from mmengine.config import Config
+from mmengine.dist import all_reduce
 
 
 def detect_launcher() -> str:
@@ -20,8 +23,14 @@ def detect_launcher() -> str:
 
 
 def is_restarted() -> bool:
-    """Returns whether torchrun (``--max-restarts``) or Slurm (a requeued job) has started this run once more."""
-    return any(int(os.environ.get(name) or 0) > 0 for name in ('TORCHELASTIC_RESTART_COUNT', 'SLURM_RESTART_COUNT'))
+    """Returns whether torchrun (``--max-restarts``) or Slurm (a requeued job) has started this run once more.
+
+    All ranks ask, after ``set_launcher``: a torchrun counts only the restarts that its own machine has caused.
+    """
+    names = ('TORCHELASTIC_RESTART_COUNT', 'SLURM_RESTART_COUNT')
+    restarts = torch.tensor(max(int(os.environ.get(name) or 0) for name in names))
+    all_reduce(restarts, 'max')
+    return restarts.item() > 0
 
 
 def set_launcher(cfg: Config) -> None:
@@ -51,10 +60,41 @@ def _start_process_group(backend: str = 'nccl', timeout: float = 1800) -> None:
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ['LOCAL_RANK']))
     store, rank, world_size = next(torch.distributed.rendezvous('env://', timeout=limit))
-    # torchrun keeps one store over its restarts: without a prefix processes would look for those that have died.
-    store = torch.distributed.PrefixStore(f'attempt_{os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)}', store)
+    attempt = _meet(store, rank, world_size, timeout)
+    if attempt > 1:  # also where another machine has caused it, or been replaced
+        os.environ['TORCHELASTIC_RESTART_COUNT'] = str(attempt - 1)
+    store = torch.distributed.PrefixStore(f'attempt_{attempt}', store)
     backend = backend if torch.cuda.is_available() else 'gloo'
     torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=limit)
+
+
+def _meet(store: torch.distributed.Store, rank: int, world_size: int, timeout: float) -> int:
+    """Returns which attempt of the run this is, from 1; the same on all ranks.
+
+    torchrun keeps one store over its restarts, in which processes would look for those that have died. When it starts
+    processes all older ones are dead. So rank 0 gives the number to every token that it finds, old ones too, until
+    each rank has told that it has got it.
+
+    Raises:
+        TimeoutError: Ranks have not come, on rank 0; the others get the store's own error.
+    """
+    if rank > 0:
+        token = uuid.uuid4().hex
+        store.set(f'token/{rank}', token)
+        attempt = int(store.get(f'attempt/{token}'))
+        store.set(f'arrived/{attempt}/{rank}', '')
+        return attempt
+    attempt = store.add('attempts', 1)
+    missing = range(1, world_size)
+    end = time.monotonic() + timeout
+    while missing := [other for other in missing if not store.check([f'arrived/{attempt}/{other}'])]:
+        if time.monotonic() > end:
+            raise TimeoutError(f'ranks {missing} of {world_size} have not started within {timeout:g} s')
+        for key in (f'token/{other}' for other in missing):
+            if store.check([key]):
+                store.set(f'attempt/{store.get(key).decode()}', str(attempt))
+        time.sleep(0.05)
+    return attempt
 
 
 def _export_slurm() -> None:

@@ -24,7 +24,9 @@ class SyncBatchNorm(_BatchNorm):
     """Batch norm whose statistics in training are those of all processes' pixels; plain batch norm on one process.
 
     Equal to torch's SyncBatchNorm, on CPUs too and with batches of different size. Half precision is normalised by
-    statistics in float32. ``sync_bn='mmseg_resnest.SyncBN'`` in a config makes it of every batch norm layer.
+    statistics in float32. Of one value a channel in all processes, which torch's refuses, the unbiased variance counts
+    as 0; where no process has any, the running statistics stay. ``sync_bn='mmseg_resnest.SyncBN'`` in a config makes it
+    of every batch norm layer.
 
     Args:
         num_features: Channels.
@@ -47,7 +49,8 @@ class SyncBatchNorm(_BatchNorm):
             setattr(module, name, SyncBatchNorm.convert(child))
         if not isinstance(module, _BatchNorm) or isinstance(module, SyncBatchNorm):
             return module
-        synced = SyncBatchNorm(module.num_features, eps=module.eps, momentum=module.momentum, device='meta')
+        group = getattr(module, 'process_group', None)
+        synced = SyncBatchNorm(module.num_features, group, eps=module.eps, momentum=module.momentum, device='meta')
         synced.affine, synced.track_running_stats = module.affine, module.track_running_stats
         synced._parameters, synced._buffers = module._parameters, module._buffers
         return synced.train(module.training)
@@ -83,9 +86,10 @@ def batch_norm_parts(parts: Sequence[Tensor], norm: _BatchNorm | nn.Identity) ->
     mean, var, count = _statistics([part.detach() for part in parts], group)
     if norm.training and norm.track_running_stats:
         with torch.no_grad():
-            unbiased = var * (count / (count - 1))
-            norm.running_mean.lerp_(mean.to(norm.running_mean), momentum)
-            norm.running_var.lerp_(unbiased.to(norm.running_var), momentum)
+            unbiased = var * (count / (count - 1).clamp(min=1))
+            weight = (count > 0).to(norm.running_mean) * momentum
+            norm.running_mean.lerp_(mean.to(norm.running_mean), weight)
+            norm.running_var.lerp_(unbiased.to(norm.running_var), weight)
     return list(_Normalise.apply(group, norm.eps, mean, var, count, norm.weight, norm.bias, *parts))
 
 
@@ -135,8 +139,9 @@ def _statistics(parts: list[Tensor], group: ProcessGroup) -> tuple[Tensor, Tenso
     gathered = collectives.all_gather_tensor(message, 0, group).view(-1, len(message))
     means, variances, counts = gathered.split([len(mean), len(mean), 1], 1)
     total = counts.sum()
-    mean = (means * counts).sum(0) / total
-    return mean, ((variances + (means - mean).square()) * counts).sum(0) / total, total
+    divisor = total.clamp(min=1)
+    mean = (means * counts).sum(0) / divisor
+    return mean, ((variances + (means - mean).square()) * counts).sum(0) / divisor, total
 
 
 def _all_but_channels(x: Tensor) -> list[int]:

@@ -1,12 +1,12 @@
 """Signals: a run that is asked to stop finishes its iteration, saves, and ends with a code that says why."""
 
 import atexit
+import contextlib
+import functools
 import os
 import signal
-import sys
 import threading
 from collections.abc import Callable
-from types import FrameType
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 from mmseg_resnest.checkpointing import CheckpointHook
 from mmseg_resnest.optim import AutocastOptimWrapper
 from mmseg_resnest.registry import HOOKS
+from mmseg_resnest.watch import WatchHook
 
 SIGNALS = (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM)
 
@@ -27,7 +28,8 @@ class SignalHook(Hook):
     """Stops training after SIGTERM, SIGINT or SIGUSR1 on any rank: at the end of a step, saved, all ranks together.
 
     The process then ends with the code 128 + the signal's number: 143, 130 or 138; where ranks got different ones, the
-    largest. A second SIGINT ends it at once, unsaved. An evaluation is finished first, with the iteration after it.
+    largest. A second SIGINT ends it at once, unsaved, with 130, whatever it waits for. An evaluation is finished first,
+    with the iteration after it.
     The ranks agree by the message that AutocastOptimWrapper exchanges at each step anyway, or by one of their own.
     Workers of the data loaders ignore these signals, unless their own process sends them: they end with it.
     """
@@ -36,6 +38,7 @@ class SignalHook(Hook):
 
     def __init__(self) -> None:
         self._received = 0
+        self._interrupted = False
         self._before: dict[int, Any] = {}
 
     def before_train(self, runner: Runner) -> None:
@@ -45,17 +48,35 @@ class SignalHook(Hook):
                 loader.worker_init_fn = _Shielded(loader.worker_init_fn)
         if threading.current_thread() is threading.main_thread():  # Python allows no other thread to
             self._wrapper = runner.optim_wrapper
-            self._before = {number: signal.signal(number, self._receive) for number in SIGNALS}
+            self._take()
             atexit.register(self._give_back)  # a run that fails can be stopped while it ends
 
-    def _receive(self, number: int, frame: FrameType | None) -> None:
+    def _take(self) -> None:
+        """Lets a thread take the signals: the main one runs no handler while it waits for a collective or a GPU."""
+        _guard_forks()
+        numbers, self._wakeup = os.pipe()
+        os.set_blocking(self._wakeup, False)
+        threading.Thread(target=self._listen, args=(numbers,), name='signals', daemon=True).start()
+        self._wakeup_before = signal.set_wakeup_fd(self._wakeup, warn_on_full_buffer=False)
+        # Only signals that have a handler are written to the pipe.
+        self._before = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
+
+    def _listen(self, numbers: int) -> None:
+        with os.fdopen(numbers, 'rb', buffering=0) as pipe:
+            while byte := pipe.read(1):
+                if byte[0] in SIGNALS:
+                    self._receive(signal.Signals(byte[0]))
+
+    def _receive(self, number: signal.Signals) -> None:
+        if number == signal.SIGINT and self._interrupted:
+            _print('SIGINT: the run ends at once, unsaved')
+            os._exit(128 + number)
         self._received = self._wrapper.signal = max(self._received, number)
         again = ''
         if number == signal.SIGINT:
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            self._interrupted = True
             again = '; a second SIGINT ends it at once, unsaved'
-        # Not by the logger: a signal may come while it holds its lock.
-        sys.stderr.write(f'\n{signal.Signals(number).name}: the run stops after this iteration, saved{again}\n')
+        _print(f'{number.name}: the run stops after this iteration, saved{again}')
 
     def after_train_iter(self, runner: Runner, batch_idx: int, **_: object) -> None:
         """Saves and ends the process if a rank has been asked to stop.
@@ -71,6 +92,8 @@ class SignalHook(Hook):
         barrier()  # the first process that ends may take the others along
         name = signal.Signals(number).name
         runner.logger.warning(f'{name}: stopped after iteration {runner.iter + 1}; saved {saved}. --resume goes on')
+        for watch in (hook for hook in runner.hooks if isinstance(hook, WatchHook)):
+            watch.after_train(runner)
         self.after_train(runner)
         raise SystemExit(128 + number)
 
@@ -91,32 +114,60 @@ class SignalHook(Hook):
         self._give_back()
 
     def _give_back(self) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        self._before = {}
-        atexit.unregister(self._give_back)
+        if self._before:
+            for number, handler in self._before.items():
+                signal.signal(number, handler)
+            self._before = {}
+            signal.set_wakeup_fd(self._wakeup_before)
+            os.close(self._wakeup)  # ends the thread
+            atexit.unregister(self._give_back)
+
+
+def _print(text: str) -> None:
+    """Prints to stderr past Python's own buffer, whose lock the main thread may hold."""
+    with contextlib.suppress(BrokenPipeError):  # Ctrl-C ends the `tee` behind it too
+        os.write(2, f'\n{text}\n'.encode())
+
+
+@functools.cache
+def _guard_forks() -> None:
+    """Keeps the signals of forked processes out of this one's pipe, which they inherit."""
+    forking = threading.local()
+
+    def block() -> None:
+        forking.mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+
+    def restore() -> None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, forking.mask)
+
+    def leave() -> None:
+        signal.set_wakeup_fd(-1)
+        restore()
+
+    os.register_at_fork(before=block, after_in_parent=restore, after_in_child=leave)
 
 
 class _Shielded:
     """A worker's initialisation that lets it outlive the signals: Ctrl-C and Slurm send them to all processes.
 
-    SIGTERM from its parent, which is how multiprocessing ends a worker, ends it.
+    SIGTERM from the process that has made this, which is how multiprocessing ends a worker, ends it.
     """
 
     def __init__(self, initialise: Callable[[int], None] | None) -> None:
         self.initialise = initialise
+        self.trainer = os.getpid()  # a worker's parent is another one where a server forks
 
     def __call__(self, worker: int) -> None:
         if hasattr(signal, 'sigwaitinfo'):  # not on macOS; a handler would not be told who has sent the signal
             signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-            threading.Thread(target=_end_with, args=(os.getppid(),), name='signals', daemon=True).start()
+            threading.Thread(target=_end_with, args=(self.trainer,), name='signals', daemon=True).start()
         if self.initialise is not None:
             self.initialise(worker)
 
 
-def _end_with(parent: int) -> None:
-    """Takes the signals of a worker, and ends it when its parent wants it to."""
+def _end_with(trainer: int) -> None:
+    """Takes the signals of a worker, and ends it when the process that trains wants it to."""
     while True:
         received = signal.sigwaitinfo(SIGNALS)
-        if (received.si_signo, received.si_pid) == (signal.SIGTERM, parent):
+        if (received.si_signo, received.si_pid) == (signal.SIGTERM, trainer):
             os._exit(0)

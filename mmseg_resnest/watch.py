@@ -4,26 +4,49 @@ import os
 import sys
 import threading
 import time
-from datetime import timedelta
-from typing import Any
+import uuid
+from enum import IntEnum
+from typing import Any, NamedTuple
 
+from mmengine.dist import barrier, broadcast_object_list
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
-from torch.distributed import TCPStore
+from torch.distributed import PrefixStore, Store
+from torch.distributed.distributed_c10d import _get_default_store
 
 from mmseg_resnest.registry import HOOKS
 
 EXIT_STALLED = 124  # as of the command `timeout`
 
 
+class Phase(IntEnum):
+    """What a process is at, in the order of one iteration; an evaluation comes before the iteration of its number."""
+
+    EVALUATION = 0
+    EVALUATED = 1  # its own batches
+    DATA = 2
+    FORWARD = 3
+    BACKWARD = 4
+    STEPPED = 5
+
+
+class Progress(NamedTuple):
+    """How far a process is; the larger, the further."""
+
+    iteration: int = 0
+    phase: int = Phase.EVALUATION
+    batches: int = 0  # evaluated
+
+
 @HOOKS.register_module()
 class WatchHook(Hook):
     """Ends this process, with the code 124, when another one of the run has not moved for ``timeout`` seconds.
 
-    A thread of each process tells the others, through the store that they were started with, that it is alive and at
-    which iteration. Named is a rank that tells nothing (killed, stopped, its machine gone), or one that stays behind
-    while the others wait for it (its data do not come, say). What holds all of them up at the same iteration is left to
-    the time limit of the collectives, 30 minutes, and so is one process alone.
+    A thread of each process tells the others, through the store that they were started with, that it is alive and how
+    far it is. Named is a rank that tells nothing (killed, stopped, its machine gone), or one that stays behind while
+    the others wait for it (its data do not come, say); every rank that can still speak tells the same reason. What
+    holds all of them up between the same two phases is left to the time limit of the collectives, 30 minutes, and so
+    is one process alone.
 
     Args:
         timeout: Seconds; more than one rank alone may take to save a checkpoint or to finish an evaluation.
@@ -38,48 +61,76 @@ class WatchHook(Hook):
         if timeout <= 0:
             raise ValueError(f'WatchHook: timeout={timeout}; expected a number of seconds above 0')
         self.timeout = timeout
-        self._progress = 0
+        self._progress = Progress()
         self._done = threading.Event()
         self._thread: threading.Thread | None = None
 
     def before_train(self, runner: Runner) -> None:
         """Starts the watch, where there are others to look at."""
-        if runner.world_size > 1:
-            watch = (runner.rank, runner.world_size)
-            self._thread = threading.Thread(target=self._watch, args=watch, name='watch', daemon=True)
-            self._thread.start()
+        if runner.world_size == 1:
+            return
+        # Called by the process alone, before and after the collectives of the pass. Nothing here waits for a GPU.
+        runner.model.register_forward_pre_hook(lambda *_: self._reach(runner, Phase.FORWARD))
+        runner.model.register_forward_hook(lambda *_: self._reach(runner, Phase.BACKWARD))
+        name = [uuid.uuid4().hex]  # the store may outlive this run
+        broadcast_object_list(name)
+        # A connection of its own: collectives may hold the process group's for long.
+        store = PrefixStore(f'watch/{name[0]}', _get_default_store().clone())
+        watch = (runner.rank, runner.world_size, store)
+        self._thread = threading.Thread(target=self._watch, args=watch, name='watch', daemon=True)
+        self._thread.start()
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
-        """Notes that this process has its data, and begins a step."""
-        self._progress += 1
+        """Notes that this process has its data."""
+        self._reach(runner, Phase.DATA)
 
-    def before_val_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
-        """Notes that this process has its data, and evaluates a batch."""
-        self._progress += 1
+    def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
+        """Notes that this process has made its step."""
+        self._reach(runner, Phase.STEPPED)
+
+    def before_val_epoch(self, runner: Runner) -> None:
+        """Notes that this process begins an evaluation."""
+        self._evaluate(runner, 0)
+
+    def after_val_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
+        """Notes that this process has evaluated a batch."""
+        self._evaluate(runner, batch_idx + 1)
 
     def after_train(self, runner: Runner) -> None:
-        """Ends the watch."""
-        self._done.set()
+        """Ends the watch of all ranks: only then may the one that keeps the store leave."""
         if self._thread is not None:
+            self._done.set()
             self._thread.join()
+            barrier()
 
-    def _watch(self, rank: int, world_size: int) -> None:
-        # A connection of its own: collectives may hold the process group's for long.
-        limit = timedelta(seconds=self.timeout)
-        prefix = f'mmseg_resnest/watch/{os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)}'
-        others = [other for other in range(world_size) if other != rank]
-        seen = _Seen(others)
+    def _evaluate(self, runner: Runner, batches: int) -> None:
+        if batches < len(runner.val_loop.dataloader):
+            self._reach(runner, Phase.EVALUATION, batches)
+        else:  # one rank may have more batches than another
+            self._reach(runner, Phase.EVALUATED)
+
+    def _reach(self, runner: Runner, phase: Phase, batches: int = 0) -> None:
+        self._progress = Progress(runner.iter, phase, batches)
+
+    def _watch(self, rank: int, world_size: int, store: Store) -> None:
+        others = [str(other) for other in range(world_size) if other != rank]
+        seen = _Seen([int(other) for other in others])
+        interval = min(self.timeout / 5, 5)
+        beat = 0
         try:
-            store = TCPStore(os.environ['MASTER_ADDR'], int(os.environ['MASTER_PORT']), is_master=False, timeout=limit)
-            beat = 0
-            while not self._done.wait(min(self.timeout / 5, 5)):
+            while not self._done.wait(interval):
                 beat += 1
-                store.set(f'{prefix}/{rank}', f'{beat} {self._progress}')
-                told = {other: f'{prefix}/{other}' for other in others}
-                seen.update({other: store.get(key).decode() for other, key in told.items() if store.check([key])})
-                if reason := seen.judge(self._progress, self.timeout):
-                    _end(rank, reason)
-            store.set(f'{prefix}/{rank}', 'done')
+                progress = self._progress
+                store.set(str(rank), ' '.join(map(str, (beat, *map(int, progress)))))
+                seen.update({int(other): store.get(other).decode() for other in others if store.check([other])})
+                reason = store.get('reason').decode() if store.check(['reason']) else ''
+                if reason := reason or seen.judge(progress, self.timeout):
+                    reason = store.compare_set('reason', '', reason).decode()  # the first one's
+                    # The others have read it before any leaves, with the store or out of a collective. No daemon: if
+                    # that fails meanwhile, the process waits for this end.
+                    threading.Thread(target=_end, args=(rank, reason, 2 * interval), name='end').start()
+                    return
+            store.set(str(rank), 'done')
         except Exception as error:
             if not self._done.is_set():
                 _end(rank, f'the store at {os.environ["MASTER_ADDR"]}, kept by rank 0 or torchrun, is gone: {error}')
@@ -90,21 +141,21 @@ class _Seen:
 
     def __init__(self, ranks: list[int]) -> None:
         now = time.monotonic()
-        self.told = dict.fromkeys(ranks, '0 0')
+        self.told = dict.fromkeys(ranks, '')
+        self.progress = dict.fromkeys(ranks, Progress())
         self.changed = dict.fromkeys(ranks, now)
         self.moved = dict.fromkeys(ranks, now)
-        self.own_progress, self.own_moved = 0, now
+        self.own_progress, self.own_moved = Progress(), now
 
     def update(self, told: dict[int, str]) -> None:
         now = time.monotonic()
         for rank, text in told.items():
             if text != self.told[rank]:
-                self.changed[rank] = now
-            if text.split()[-1] != self.told[rank].split()[-1]:
-                self.moved[rank] = now
-            self.told[rank] = text
+                self.told[rank], self.changed[rank] = text, now
+            if text != 'done' and (progress := Progress(*map(int, text.split()[1:]))) != self.progress[rank]:
+                self.progress[rank], self.moved[rank] = progress, now
 
-    def judge(self, progress: int, timeout: float) -> str:
+    def judge(self, progress: Progress, timeout: float) -> str:
         """Returns which rank holds the run up and how that is known; empty: none does."""
         now = time.monotonic()
         if progress != self.own_progress:
@@ -114,14 +165,15 @@ class _Seen:
                 continue
             if now - self.changed[rank] > timeout:
                 return f'rank {rank} has not been heard of for {timeout:g} s: dead, stopped, or cut off'
-            if min(now - self.moved[rank], now - self.own_moved) > timeout and int(text.split()[1]) < progress:
+            if min(now - self.moved[rank], now - self.own_moved) > timeout and self.progress[rank] < progress:
                 return f'rank {rank} has been behind the others for {timeout:g} s: its data do not come, or it hangs'
         return ''
 
 
-def _end(rank: int, reason: str) -> None:
-    """Ends this process from whatever it waits in."""
+def _end(rank: int, reason: str, seconds: float = 0) -> None:
+    """Tells the reason and, after some seconds, ends this process from whatever it waits in."""
     advice = 'The checkpoints are whole; --resume goes on from the newest.'
     sys.stderr.write(f'\nerror on rank {rank}: {reason}. This rank ends the job. {advice}\n')
     sys.stderr.flush()
+    time.sleep(seconds)
     os._exit(EXIT_STALLED)

@@ -7,6 +7,8 @@ import shutil
 import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from unittest.mock import patch
 
 import pytest
@@ -103,6 +105,27 @@ def test_srun_on_two_nodes(tmp_path):
 def test_an_address_that_is_set_stays():
     found = exported(SRUN | dict(MASTER_ADDR='10.0.0.1', MASTER_PORT='1234'))
     assert (found['MASTER_ADDR'], found['MASTER_PORT']) == ('10.0.0.1', '1234')
+
+
+@pytest.fixture
+def store():
+    return torch.distributed.TCPStore('127.0.0.1', 0, is_master=True, timeout=timedelta(seconds=20))
+
+
+def test_ranks_that_have_died_do_not_confuse_the_next_attempt(store):
+    """The first attempt of three ranks ends before rank 2 has come, the second when its ranks have met."""
+
+    def attempt(rank, seconds=20):
+        return launch._meet(store.clone(), rank, 3, seconds)
+
+    with ThreadPoolExecutor(3) as pool:
+        first = [pool.submit(attempt, 0, 0.5), pool.submit(attempt, 1)]
+        with pytest.raises(TimeoutError, match=r'ranks \[2\] of 3 have not started within 0.5 s'):
+            first[0].result()
+        assert first[1].result() == 1
+        for number in (2, 3):
+            later = [pool.submit(attempt, rank) for rank in (1, 0, 2)]
+            assert [done.result() for done in later] == [number] * 3
 
 
 # ----------------------------------------------------------------------------------------------------- two processes
@@ -202,6 +225,20 @@ def test_two_processes_evaluate_as_one(launcher, data, folder, checkpoint, tmp_p
     first, second = (json.loads((tmp_path / f'{name}.json').read_text()) for name in ('one', 'two'))
     assert second == first
     assert first['aAcc'] > 0
+
+
+def restarted(rank, port, folder):
+    variables = TORCHRUN | dict(RANK=str(rank), MASTER_PORT=port, TORCHELASTIC_RESTART_COUNT=str(rank))
+    with environment(variables):
+        launch._start_process_group()
+        (folder / f'restarted_{rank}').write_text(f'{launch.is_restarted()}')
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_a_restart_that_one_machine_has_counted_is_one_for_all(tmp_path):
+    torch.multiprocessing.spawn(restarted, (str(free_port()), tmp_path), nprocs=2)
+    assert [(tmp_path / f'restarted_{rank}').read_text() for rank in (0, 1)] == ['True', 'True']
 
 
 @pytest.mark.slow

@@ -75,9 +75,18 @@ def two_processes(sizes, results):
         torch.save(found, results / f'{name}_{rank}.pt')
     half = run_layer(batch_norm_parts, layer(SyncBatchNorm, {}, torch.float32), *batches(sizes, torch.bfloat16)[rank])
     torch.save(half, results / f'half_{rank}.pt')
+    torch.save([buffers_after(values) for values in ([1.0], [])], results / f'few_{rank}.pt')
     messages = count_messages(batches(sizes)[rank])
     (results / f'messages_{rank}.txt').write_text(' '.join(messages))
     torch.distributed.destroy_process_group()
+
+
+def buffers_after(values):
+    """The running statistics after rank 0 has had these values of the one channel, and the other none."""
+    norm = SyncBatchNorm(1)
+    mine = values if torch.distributed.get_rank() == 0 else []
+    norm(torch.tensor(mine).view(-1, 1, 1, 1))
+    return [norm.running_mean.item(), norm.running_var.item()]
 
 
 def count_messages(batch):
@@ -168,6 +177,15 @@ def test_half_precision_has_statistics_in_float32(found):
 
 
 @pytest.mark.slow
+def test_one_value_has_no_variance_and_none_changes_nothing(found):
+    _, folder = found
+    for rank in range(WORLD):
+        one, none = torch.load(folder / f'few_{rank}.pt')
+        assert one == pytest.approx([0.1, 0.9])  # a tenth of mean 1 and of variance 0
+        assert none == [0, 1]
+
+
+@pytest.mark.slow
 def test_a_layer_sends_one_message_each_way(found):
     _, folder = found
     for rank in range(WORLD):
@@ -226,6 +244,15 @@ def test_sync_bn_of_a_runner_converts_and_keeps_the_tensors():
     assert type(mmengine_runner.convert_sync_batchnorm(nn.BatchNorm2d(8), 'mmseg_resnest.SyncBN')) is SyncBatchNorm
     with pytest.raises(ValueError, match='sync_bn should be'):
         mmengine_runner.convert_sync_batchnorm(nn.BatchNorm2d(8), 'other')
+
+
+def test_a_converted_layer_keeps_its_group():
+    torch.distributed.init_process_group('gloo', store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        group = torch.distributed.new_group([0])
+        assert SyncBatchNorm.convert(nn.SyncBatchNorm(8, process_group=group)).process_group is group
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == '__main__':

@@ -12,7 +12,7 @@ import torch
 from mmengine.runner import loops
 from test_hooks import config_runner
 from test_launch import free_port
-from test_signals import HERE, command, pid_of_rank, torchrun, wait_for_log
+from test_signals import HERE, children, command, pid_of_rank, torchrun, wait_for_log
 from tiny import write_data_set
 from torch.utils.data import BatchSampler
 
@@ -178,6 +178,31 @@ def test_a_resume_at_iteration_160_000_does_not_replay_the_data(sampler, whole, 
     assert seconds[1] < seconds[0] + 2
 
 
+def one_machine_of_two():
+    """The options of the two torchruns, of one process each."""
+    meeting = ['--nnodes', '2', '--rdzv-backend', 'c10d', '--rdzv-endpoint', f'127.0.0.1:{free_port()}']
+    return [*meeting, '--local-addr', '127.0.0.1', '--nproc-per-node', '1']
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('machine', [0, 1])
+def test_a_rank_of_two_machines_that_is_killed_is_restarted(machine, data, tmp_path):
+    """Each torchrun counts the restarts by itself; all ranks go on from the checkpoint, to the end."""
+    saving = ['default_hooks.checkpoint.interval=2', 'env_cfg.dist_cfg.timeout=30', 'train_cfg.max_iters=12']
+    options = [*one_machine_of_two(), '--max-restarts', '2']
+    with (
+        torchrun(tmp_path, *command(data, *saving), options=options) as first,
+        torchrun(tmp_path, *command(data, *saving), options=options) as second,
+    ):
+        wait_for_log('3/12]', tmp_path)
+        (rank,) = children((first, second)[machine].pid)
+        os.kill(rank, signal.SIGKILL)
+        assert [first.wait(150), second.wait(150)] == [0, 0], (tmp_path / 'out').read_text()
+    out = (tmp_path / 'out').read_text()
+    assert int(re.search(r'resumed epoch: 0, iter: (\d+)', out)[1]) >= 2
+    assert 'Trained 12 iterations' in out
+
+
 @pytest.mark.slow
 def test_a_restart_by_torchrun_gives_what_two_machines_give_undisturbed(data, tmp_path):
     """A rank is killed after the third of twelve iterations; ``--nnodes 2`` are two torchruns of one process each."""
@@ -193,8 +218,7 @@ def test_a_restart_by_torchrun_gives_what_two_machines_give_undisturbed(data, tm
     out = (disturbed / 'out').read_text()
     resumed_at = int(re.search(r'resumed epoch: 0, iter: (\d+)', out)[1])
     assert 2 <= resumed_at <= 10
-    machine = ['--nnodes', '2', '--rdzv-backend', 'c10d', '--rdzv-endpoint', f'127.0.0.1:{free_port()}']
-    machine += ['--local-addr', '127.0.0.1', '--nproc-per-node', '1']
+    machine = one_machine_of_two()
     with (
         torchrun(undisturbed, *args, options=machine) as first,
         torchrun(undisturbed, *args, options=machine) as second,

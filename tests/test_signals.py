@@ -1,18 +1,23 @@
 """A run that is asked to stop saves first, ends with the code that says why, and leaves nobody behind."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
+import time
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from test_checkpointing import wait_for
 from tiny import CAMVID, ENVIRONMENT, OPTIONS, ROOT, Tool, run_tool, write_data_set
+from torch.utils.data import DataLoader
 
 from mmseg_resnest.checkpointing import newest_checkpoint
 from mmseg_resnest.checkpoints import read_checkpoint
+from mmseg_resnest.signals import SignalHook, _Shielded
 
 FOR_EVER = [
     'train_cfg.max_iters=100000',
@@ -130,7 +135,7 @@ def test_a_second_sigint_ends_a_run_that_waits_for_its_data(tmp_path):
         assert tool.process.is_alive()
         os.kill(tool.process.pid, signal.SIGINT)
         tool.process.join(20)
-        assert tool.process.exitcode == -signal.SIGINT  # 130 for a shell
+        assert tool.process.exitcode == 130
         os.close(writer[-1])
     assert list(tmp_path.glob('w/*.pth*')) == []
 
@@ -146,6 +151,38 @@ def open_for_writing(pipe) -> int | None:
 def is_reading(pid, file) -> bool:
     """Whether the process has opened ``file`` and sleeps: one whose open() has not returned yet can miss a signal."""
     return str(file) in map(os.path.realpath, Path(f'/proc/{pid}/fd').iterdir()) and state(pid) == 'S'
+
+
+def test_a_forked_process_does_not_tell_its_signals_to_the_one_that_trains():
+    """Ctrl-C while a worker starts is one SIGINT of the training process, not two."""
+    hook = SignalHook()
+    hook._wrapper = SimpleNamespace(signal=0)
+    hook._take()
+    try:
+        child = os.fork()
+        if child == 0:
+            os.kill(os.getpid(), signal.SIGUSR1)
+            os._exit(0)
+        assert os.waitpid(child, 0)[1] == 0
+        os.kill(os.getpid(), signal.SIGINT)
+        wait_for(lambda: hook._received)
+        assert hook._received == signal.SIGINT
+    finally:
+        hook._give_back()
+
+
+def test_a_worker_that_a_server_has_forked_ends_with_its_trainer_only():
+    """The server is the worker's parent."""
+    options = dict(num_workers=1, multiprocessing_context='forkserver', persistent_workers=True)
+    loader = DataLoader(range(2), worker_init_fn=_Shielded(None), **options)
+    assert len(list(loader)) == 2
+    (worker,) = loader._iterator._workers
+    subprocess.run(['kill', '-TERM', str(worker.pid)], check=True)
+    worker.join(0.5)
+    assert worker.is_alive()
+    worker.terminate()
+    worker.join(10)
+    assert worker.exitcode == 0
 
 
 # ------------------------------------------------------------------------------------------------------ two processes
@@ -184,6 +221,22 @@ def test_a_signal_to_one_rank_stops_both(data, tmp_path):
     assert out.count('SIGUSR1: the run stops after this iteration') == 1
     assert 'exitcode  : 138' in out
     assert_saved(tmp_path, 'SIGUSR1')
+
+
+@pytest.mark.slow
+def test_a_second_sigint_ends_a_rank_that_waits_for_another(data, tmp_path):
+    """The other one is stopped: the collective does not return, and Python runs no handler."""
+    with torchrun(tmp_path, *command(data)) as process:
+        wait_for_log(' 3/100000]', tmp_path)
+        waiting, stopped = (pid_of_rank(rank, process) for rank in (0, 1))
+        os.kill(stopped, signal.SIGSTOP)
+        time.sleep(2)  # longer than a step
+        os.kill(waiting, signal.SIGINT)
+        wait_for(lambda: 'a second SIGINT ends it at once' in (tmp_path / 'out').read_text(), 20)
+        os.kill(waiting, signal.SIGINT)
+        assert process.wait(60) == 1  # it kills the one that is stopped after 30 s
+    assert re.search(r'rank +: 0 .*\n +exitcode +: 130 ', (tmp_path / 'out').read_text())
+    assert not any(map(is_there, (waiting, stopped)))
 
 
 @pytest.mark.slow

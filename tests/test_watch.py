@@ -4,8 +4,10 @@ import os
 import re
 import signal
 import time
+from contextlib import contextmanager
 
 import pytest
+from hang import write_config
 from test_checkpointing import wait_for
 from test_launch import step_of_two
 from test_signals import command, ended, is_reading, is_there, open_for_writing, pid_of_rank, torchrun, wait_for_log
@@ -64,9 +66,52 @@ def test_a_rank_whose_data_do_not_come_is_named(tmp_path):
         wait_for(lambda: any(is_reading(tool.process.pid, pipe) for tool in (first, second)), 60, 0.05)
         stuck = [is_reading(tool.process.pid, pipe) for tool in (first, second)]
         assert sorted(stuck) == [False, True]
-        waiting = (first, second)[stuck.index(False)]
-        waiting.process.join(TIMEOUT * 2 + SLACK)
-        assert waiting.process.exitcode == EXIT_STALLED
+        for tool in (first, second):
+            tool.process.join(TIMEOUT * 2 + SLACK)
+        assert [tool.process.exitcode for tool in (first, second)] == [EXIT_STALLED] * 2
         os.close(writer[-1])
-    message = f'error on rank {stuck.index(False)}: rank {stuck.index(True)} has been behind the others for {TIMEOUT} s'
-    assert message in waiting.logs[1].read_text()
+    reason = f'rank {stuck.index(True)} has been behind the others for {TIMEOUT} s'
+    for rank, tool in enumerate((first, second)):
+        assert f'error on rank {rank}: {reason}' in tool.logs[1].read_text()
+
+
+@contextmanager
+def two_tasks(config, data, folder, *options):
+    """Two ranks as srun starts them, the first of which keeps the store."""
+    args = [config, *command(data, SHORT, *options)[1:]]
+    first, second = (Tool('train', *args, cwd=folder, OMP_NUM_THREADS='1', **task) for task in step_of_two())
+    with ended(first.process), ended(second.process):
+        yield first, second
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ('rank', 'point', 'validation'),
+    [
+        (0, 'after_train_iter', 5),  # evaluated three times: rank 0 three batches, rank 1 two
+        (1, 'before_train_iter', 4),  # both have their data, and rank 0 waits in its step
+    ],
+)
+def test_a_rank_that_hangs_is_named_by_both(rank, point, validation, tmp_path):
+    data = write_data_set(tmp_path / 'data', validation=validation)
+    config = write_config(tmp_path, rank=rank, point=point, at=9, seconds=1000)
+    with two_tasks(config, data, tmp_path, 'train_cfg.val_interval=3') as tools:
+        wait_for_log(' 9/100000]', tmp_path)
+        for tool in tools:
+            tool.process.join(TIMEOUT * 3 + SLACK)
+        assert [tool.process.exitcode for tool in tools] == [EXIT_STALLED] * 2
+    reason = f'rank {rank} has been behind the others for {TIMEOUT} s'
+    for own, tool in enumerate(tools):
+        assert f'error on rank {own}: {reason}' in tool.logs[1].read_text()
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_slow_to_leave_after_a_signal_leaves_with_its_code(data, tmp_path):
+    """Rank 0 has taken the store with it by then."""
+    config = write_config(tmp_path, rank=1, point='exit', at=0, seconds=TIMEOUT * 2)
+    with two_tasks(config, data, tmp_path) as tools:
+        wait_for_log(' 3/100000]', tmp_path)
+        os.kill(tools[0].process.pid, signal.SIGUSR1)
+        for tool in tools:
+            tool.process.join(TIMEOUT * 2 + SLACK)
+        assert [tool.process.exitcode for tool in tools] == [138, 138]
