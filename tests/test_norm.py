@@ -114,6 +114,27 @@ def free_port():
         return str(free.getsockname()[1])
 
 
+def two_gpus(sizes):
+    """One process of two, each on a GPU of its own: ours and torch's own SyncBatchNorm, by NCCL."""
+    rank = int(os.environ['RANK'])
+    torch.cuda.set_device(rank)
+    torch.distributed.init_process_group('nccl')
+
+    def torchs(parts, norm):
+        return norm(torch.cat(parts, 1)).split(CHANNELS, 1)
+
+    for name, (options, backend) in CASES.items():
+        torch._dynamo.reset()
+        function = torch.compile(batch_norm_parts, fullgraph=True, backend=backend) if backend else batch_norm_parts
+        results = []
+        for kind, run in ((SyncBatchNorm, function), (nn.SyncBatchNorm, torchs)):
+            parts, gradients = ([tensor.cuda() for tensor in tensors] for tensors in batches(sizes)[rank])
+            results.append(run_layer(run, layer(kind, options).cuda(), parts, gradients))
+        for key, truth in results[1].items():
+            torch.testing.assert_close(results[0][key], list(truth), rtol=1e-10, atol=1e-10, msg=f'{name}: {key}')
+    torch.distributed.destroy_process_group()
+
+
 def launch(folder, sizes):
     variables = os.environ | dict(WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=free_port(), OMP_NUM_THREADS='1')
     command = [sys.executable, __file__, str(folder), *map(str, sizes)]
@@ -163,6 +184,13 @@ def test_two_processes_are_one_of_both_batches(name, found):
     sizes, folder = found
     ranks = [torch.load(folder / f'{name}_{rank}.pt') for rank in range(WORLD)]
     compare(ranks, one_process(sizes, CASES[name][0]), 1e-10)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < WORLD, reason='one GPU a process')
+@pytest.mark.parametrize('sizes', [(3, 2), (4, 0)], ids=['uneven', 'one without images'])
+def test_two_gpus_give_what_torchs_gives(sizes):
+    launch('nccl', sizes)
 
 
 @pytest.mark.slow
@@ -256,4 +284,6 @@ def test_a_converted_layer_keeps_its_group():
 
 
 if __name__ == '__main__':
-    two_processes([int(size) for size in sys.argv[2:]], Path(sys.argv[1]))
+    folder, *sizes = sys.argv[1:]
+    sizes = [int(size) for size in sizes]
+    two_gpus(sizes) if folder == 'nccl' else two_processes(sizes, Path(folder))
