@@ -87,7 +87,7 @@ class CheckpointHook(_CheckpointHook):
         super().__init__(**kwargs)
         if self.backend_args is None and self.file_client_args is None and '://' not in str(self.out_dir):
             self.backend_args = dict(backend=BACKEND)
-        self._evaluated: int | None = None  # what the newest file says is evaluated
+        self._noted: int | None = None  # what the newest file says is evaluated
 
     def before_train(self, runner: Runner) -> None:
         """Clears away what a killed run was writing, and finds the best one where the work dir is now."""
@@ -96,7 +96,11 @@ class CheckpointHook(_CheckpointHook):
                 runner.message_hub.runtime_info.pop(name, None)
         super().before_train(runner)
         keys = self.key_indicators if self.save_best else []
-        best = {key: self._here(runner, 'best_ckpt' if len(keys) == 1 else f'best_ckpt_{key}') for key in keys}
+        suffixes = {key: '' if len(keys) == 1 else f'_{key}' for key in keys}
+        best = {key: self._here(runner, f'best_ckpt{suffix}') for key, suffix in suffixes.items()}
+        for key in keys:
+            if best[key] is None:  # or nothing would be saved until the score of a file that is gone is beaten
+                runner.message_hub.runtime_info.pop(f'best_score{suffixes[key]}', None)
         if len(keys) == 1:
             self.best_ckpt_path = best[keys[0]]
         elif keys:
@@ -121,7 +125,7 @@ class CheckpointHook(_CheckpointHook):
         loop._decide_current_val_interval()  # as MMEngine does after each iteration
         due = runner.iter % loop.val_interval == 0 or runner.iter == runner.max_iters
         if due and runner.iter >= max(loop.val_begin, 1):
-            runner.logger.info(f'Iteration {runner.iter} was saved and not evaluated: first its evaluation')
+            runner.logger.info(f'Iteration {runner.iter} was saved and is not known to be evaluated: first that')
             runner.val_loop.run()
 
     def after_val_epoch(self, runner: Runner, metrics: dict) -> None:
@@ -129,12 +133,13 @@ class CheckpointHook(_CheckpointHook):
         runner.message_hub.update_info('evaluated', runner.iter)
         super().after_val_epoch(runner, metrics)
         saved = Path(self.last_ckpt or '').name == self.filename_tmpl.format(runner.iter)
-        if saved and self._by_iteration(runner) and self._evaluated != runner.iter:
+        if saved and self._by_iteration(runner) and self._noted != runner.iter:
             self._save_checkpoint_with_step(runner, runner.iter, dict(epoch=runner.epoch, iter=runner.iter))
 
     def _goes_on_from_elsewhere(self, runner: Runner) -> bool:
-        work_dir = Path(runner.work_dir).resolve()
-        own = Path(self.out_dir).resolve() / work_dir.name if self.out_dir else work_dir  # as MMEngine makes it
+        own = work_dir = Path(runner.work_dir).resolve()
+        if self.out_dir not in (None, runner.work_dir):  # as MMEngine makes it
+            own = Path(self.out_dir).resolve() / work_dir.name
         return bool(runner._load_from) and Path(runner._load_from).resolve().parent != own
 
     def _by_iteration(self, runner: Runner) -> bool:
@@ -177,7 +182,7 @@ class CheckpointHook(_CheckpointHook):
             self._remove(self.file_backend.join_path(self.out_dir, old))
 
     def _write(self, runner: Runner, name: str, meta: dict) -> None:
-        self._evaluated = _evaluated(runner)
+        self._noted = _evaluated(runner)
         counts = getattr(runner.optim_wrapper, '_accumulative_counts', 1)
         if meta['iter'] % counts and meta['iter'] < runner.max_iters:
             runner.logger.warning(
@@ -209,7 +214,8 @@ class CheckpointHook(_CheckpointHook):
             self.best_ckpt_path = None
         else:
             self.best_ckpt_path_dict = dict.fromkeys(before)
-        # As with keep_ckpt_ids, since MMEngine saves the newest once more, with the new best one's name.
+        # Written with the new best one, since MMEngine saves the newest once more: a run that is killed before the old
+        # best one is removed finds its name there.
         outdated = [PurePath(old).name for old in before.values() if old]
         runner.message_hub.update_info('outdated_best', outdated)
         super()._save_best_checkpoint(runner, metrics)

@@ -151,10 +151,11 @@ class IoUMetric(_IoUMetric):
                 predictions of two processes were written to one file.
         """
         self._check_all()
-        everywhere: dict[Path, str] = {}
-        for written in all_gather_object(self._written):
-            for path, image in written.items():
-                _claim(everywhere, path, image)
+        if self.output_dir is not None:
+            everywhere: dict[Path, str] = {}
+            for written in all_gather_object(self._written):
+                for path, image in written.items():
+                    _claim(everywhere, path, image)
         metrics = {}
         if not self.format_only:
             self.confusion = self._total(size)

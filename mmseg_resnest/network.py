@@ -124,7 +124,7 @@ class GraphedBySize:
         """Records a run; all graphs share the memory of what is computed inside, for they run one after the other."""
         with torch.inference_mode(False):  # so that replays outside of inference mode may write to it
             static = images.clone()
-        with torch.cuda.device(images.device):  # which need not be the current one; nor is torch's own capture stream's
+        with torch.cuda.device(images.device):  # not always the current one, nor that of torch's capture stream
             self._pool = self._pool or torch.cuda.graph_pool_handle()
             self._stream = stream = self._stream or torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())

@@ -19,7 +19,7 @@ from mmseg_resnest.resnest import ResNeSt
 from mmseg_resnest.training_pass import TrainingGraphs, call, compiled_call
 
 # The methods through which mmsegmentation's EncoderDecoder computes its losses, and cascades change them.
-STEPS = ('extract_feat', '_decode_head_forward_train', '_auxiliary_head_forward_train')
+LOSS_METHODS = ('extract_feat', '_decode_head_forward_train', '_auxiliary_head_forward_train')
 
 
 @MODELS.register_module()
@@ -108,7 +108,7 @@ class EncoderDecoder(_EncoderDecoder):
 
     def _choose_paths(self) -> None:
         """Finds out which path the loss of each head takes, and logs it where that is new."""
-        changed = [name for name in STEPS if getattr(type(self), name) is not getattr(_EncoderDecoder, name)]
+        changed = [name for name in LOSS_METHODS if getattr(type(self), name) is not getattr(_EncoderDecoder, name)]
         if changed:
             reasons = dict(model=f'{type(self).__name__} has a {changed[0]} of its own')
         elif self.fused_loss:

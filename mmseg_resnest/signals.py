@@ -119,13 +119,13 @@ class SignalHook(Hook):
                 signal.signal(number, handler)
             self._before = {}
             signal.set_wakeup_fd(self._wakeup_before)
-            os.close(self._wakeup)  # ends the thread
+            os.close(self._wakeup)
             atexit.unregister(self._give_back)
 
 
 def _print(text: str) -> None:
     """Prints to stderr past Python's own buffer, whose lock the main thread may hold."""
-    with contextlib.suppress(BrokenPipeError):  # Ctrl-C ends the `tee` behind it too
+    with contextlib.suppress(OSError):  # Ctrl-C ends the `tee` behind it too
         os.write(2, f'\n{text}\n'.encode())
 
 

@@ -56,7 +56,8 @@ class TrainingGraphs:
         self._parts: list[nn.Module] = []
         self._state: tuple = ()
         self._capture: Capture | None = None
-        self._said = False
+        self._is_refused = False
+        self._said: set[str] = set()
 
     def __call__(self, images: Tensor) -> tuple[Tensor, ...]:
         """Returns what ``network(images)`` does; the tensors are overwritten by the next call.
@@ -65,18 +66,20 @@ class TrainingGraphs:
             RuntimeError: The network cannot be captured; or, in the backward pass, the outputs are not those of the
                 last call, or were differentiated before.
         """
-        if self._state != self._read_state():
+        if not self._is_refused and self._state != self._read_state():
             self._renew(images)
         capture = self._capture
         if capture is None:
             return self._network(images)
         if (images.shape, images.dtype) != (capture.images.shape, capture.images.dtype):
-            self._say_once(f'images {tuple(images.shape)} run without them, captured for {tuple(capture.images.shape)}')
+            self._say_once(
+                f'images of another size than {tuple(capture.images.shape)}, the first ones, run without them'
+            )
             return self._network(images)
         return _Replay.apply(capture, images, *capture.parameters)
 
     def _read_state(self) -> tuple:
-        """What the captured kernels take for granted; in half a millisecond, of which ``module.modules()`` has many."""
+        """What the captured kernels take for granted. Half a millisecond: ``modules()`` alone takes several."""
         parts = [(part.training, *map(id, part._modules.values())) for part in self._parts]
         tensors = [tensor for part in self._parts for tensor in (*part._parameters.values(), *part._buffers.values())]
         facts = [(id(t), t.data_ptr(), t.requires_grad) for t in tensors if t is not None]
@@ -88,14 +91,15 @@ class TrainingGraphs:
         capture = Capture(self._network, self._module, images)
         if capture.obstacle:
             self._say_once(f'the network runs without them: {capture.obstacle}')
+            self._is_refused = capture.exchanges_buffers  # which would look like a change at each step
         else:
             self._capture = capture
         self._state = self._read_state()
 
     def _say_once(self, what: str) -> None:
-        if not self._said:
+        if what not in self._said:
             print_log(f'CUDA graphs: {what}', logger='current')
-        self._said = True
+        self._said.add(what)
 
 
 class Capture:
@@ -107,6 +111,7 @@ class Capture:
         outputs: The network's.
         trained: The indices of those outputs that depend on the parameters.
         obstacle: Why the graphs cannot be used; empty if they can.
+        exchanges_buffers: Whether that is because the network puts other tensors in the place of its buffers.
         pending: The number of the forward pass whose gradient can be computed; None: of none.
     """
 
@@ -114,14 +119,15 @@ class Capture:
         self._network = network
         self.parameters = [p for p in module.parameters() if p.requires_grad]
         self.images = images.detach().clone()
-        self.passes = 0
+        self._passes = 0
         self.pending: int | None = None
         with _untouched_buffers(module) as are_exchanged:
             self.trained = self._warm_up()
             self.obstacle = '' if self.trained else 'it has nothing to train'
             if self.trained:
                 self._record()
-            if are_exchanged():
+            self.exchanges_buffers = are_exchanged()
+            if self.exchanges_buffers:
                 self.obstacle = 'it exchanges its own buffers'
 
     def _warm_up(self) -> list[int]:
@@ -150,8 +156,9 @@ class Capture:
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
+            cause = error.__context__ or error  # leaving a capture that has failed raises an error of its own
             raise RuntimeError(
-                f'the network cannot be captured as CUDA graphs ({error}); model.cuda_graphs=False trains it without'
+                f'the network cannot be captured as CUDA graphs ({cause}); model.cuda_graphs=False trains it without'
             ) from error
         self.outputs = [output.detach() for output in outputs]
 
@@ -170,8 +177,8 @@ class Capture:
         """Runs the forward pass."""
         self.images.copy_(images)
         self._forward.replay()
-        self.passes += 1
-        self.pending = self.passes
+        self._passes += 1
+        self.pending = self._passes
         return tuple(output.detach() for output in self.outputs)
 
     def replay_backward(self, number: int, output_gradients: tuple[Tensor, ...]) -> list[Tensor | None]:

@@ -13,6 +13,7 @@ from mmengine.hooks import Hook
 from mmengine.runner import Runner
 from torch.distributed import PrefixStore, Store
 from torch.distributed.distributed_c10d import _get_default_store
+from torch.utils.hooks import RemovableHandle
 
 from mmseg_resnest.registry import HOOKS
 
@@ -28,6 +29,7 @@ class Phase(IntEnum):
     FORWARD = 3
     BACKWARD = 4
     STEPPED = 5
+    TRAINED = 6
 
 
 class Progress(NamedTuple):
@@ -44,9 +46,9 @@ class WatchHook(Hook):
 
     A thread of each process tells the others, through the store that they were started with, that it is alive and how
     far it is. Named is a rank that tells nothing (killed, stopped, its machine gone), or one that stays behind while
-    the others wait for it (its data do not come, say); every rank that can still speak tells the same reason. What
-    holds all of them up between the same two phases is left to the time limit of the collectives, 30 minutes, and so
-    is one process alone.
+    the others wait for it (its data do not come, say); every rank that can still speak tells the same reason. A store
+    that does not answer, as its process is stopped, ends them too. What holds all of them up between the same two
+    phases is left to the time limit of the collectives, 30 minutes, and so is one process alone.
 
     Args:
         timeout: Seconds; more than one rank alone may take to save a checkpoint or to finish an evaluation.
@@ -64,21 +66,27 @@ class WatchHook(Hook):
         self._progress = Progress()
         self._done = threading.Event()
         self._thread: threading.Thread | None = None
+        self._heard = 0.0  # when the store last answered
+        self._handles: list[RemovableHandle] = []
 
     def before_train(self, runner: Runner) -> None:
         """Starts the watch, where there are others to look at."""
         if runner.world_size == 1:
             return
         # Called by the process alone, before and after the collectives of the pass. Nothing here waits for a GPU.
-        runner.model.register_forward_pre_hook(lambda *_: self._reach(runner, Phase.FORWARD))
-        runner.model.register_forward_hook(lambda *_: self._reach(runner, Phase.BACKWARD))
+        self._handles = [
+            runner.model.register_forward_pre_hook(lambda *_: self._reach(runner, Phase.FORWARD)),
+            runner.model.register_forward_hook(lambda *_: self._reach(runner, Phase.BACKWARD)),
+        ]
         name = [uuid.uuid4().hex]  # the store may outlive this run
         broadcast_object_list(name)
         # A connection of its own: collectives may hold the process group's for long.
         store = PrefixStore(f'watch/{name[0]}', _get_default_store().clone())
         watch = (runner.rank, runner.world_size, store)
         self._thread = threading.Thread(target=self._watch, args=watch, name='watch', daemon=True)
+        self._heard = time.monotonic()
         self._thread.start()
+        threading.Thread(target=self._watch_store, args=(runner.rank,), name='watch of the store', daemon=True).start()
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
         """Notes that this process has its data."""
@@ -97,11 +105,16 @@ class WatchHook(Hook):
         self._evaluate(runner, batch_idx + 1)
 
     def after_train(self, runner: Runner) -> None:
-        """Ends the watch of all ranks: only then may the one that keeps the store leave."""
-        if self._thread is not None:
-            self._done.set()
-            self._thread.join()
-            barrier()
+        """Ends the watch, once all ranks have come here; the one that keeps the store leaves when all have ended it."""
+        if self._thread is None:
+            return
+        self._reach(runner, Phase.TRAINED)
+        barrier()
+        self._done.set()
+        self._thread.join()
+        barrier()
+        for handle in self._handles:
+            handle.remove()
 
     def _evaluate(self, runner: Runner, batches: int) -> None:
         if batches < len(runner.val_loop.dataloader):
@@ -124,6 +137,7 @@ class WatchHook(Hook):
                 store.set(str(rank), ' '.join(map(str, (beat, *map(int, progress)))))
                 seen.update({int(other): store.get(other).decode() for other in others if store.check([other])})
                 reason = store.get('reason').decode() if store.check(['reason']) else ''
+                self._heard = time.monotonic()
                 if reason := reason or seen.judge(progress, self.timeout):
                     reason = store.compare_set('reason', '', reason).decode()  # the first one's
                     # The others have read it before any leaves, with the store or out of a collective. No daemon: if
@@ -133,7 +147,17 @@ class WatchHook(Hook):
             store.set(str(rank), 'done')
         except Exception as error:
             if not self._done.is_set():
-                _end(rank, f'the store at {os.environ["MASTER_ADDR"]}, kept by rank 0 or torchrun, is gone: {error}')
+                _end(rank, f'{_store()} is gone: {error}')
+
+    def _watch_store(self, rank: int) -> None:
+        """Ends this process if the store does not answer, for which no call of it has a time limit."""
+        while not self._done.wait(min(self.timeout / 5, 5)):
+            if time.monotonic() - self._heard > self.timeout:
+                _end(rank, f'{_store()} has not answered for {self.timeout:g} s: stopped, or cut off')
+
+
+def _store() -> str:
+    return f'the store at {os.environ["MASTER_ADDR"]}, kept by rank 0 or torchrun,'
 
 
 class _Seen:

@@ -33,6 +33,9 @@ class Hang(Hook):
     def after_train_iter(self, runner, *_, **__):
         self._reach(runner, 'after_train_iter')
 
+    def after_val_epoch(self, runner, *_, **__):
+        self._reach(runner, 'after_val_epoch')
+
 
 def write_config(folder: Path, **options) -> Path:
     """Writes the config of the tests with this hook, and these options of it; returns the file."""

@@ -289,6 +289,14 @@ def test_a_copied_run_leaves_the_best_of_the_original_and_a_moved_one_replaces_i
     assert bests(moved) == ['4.pth']
 
 
+def test_where_the_best_one_is_gone_the_next_is_the_best(tmp_path):
+    """Though its score is lower."""
+    run_with_best(tmp_path, 2, 'rank', 5)
+    next(tmp_path.glob('best_*')).unlink()
+    run_with_best(tmp_path, 4, 'rank', 3)
+    assert bests(tmp_path) == ['4.pth']
+
+
 def train_until_killed(work_dir, best):
     """Goes on until it is about to remove a checkpoint, or the best one, and kills itself there."""
     hook = CheckpointHook(by_epoch=False, interval=1, max_keep_ckpts=1, save_best='images/count', rule='greater')

@@ -13,7 +13,7 @@ from mmseg.models.segmentors import CascadeEncoderDecoder
 from mmseg.registry import MODELS
 from mmseg.structures import SegDataSample
 
-from mmseg_resnest.segmentor import STEPS, EncoderDecoder, why_not_fused
+from mmseg_resnest.segmentor import LOSS_METHODS, EncoderDecoder, why_not_fused
 
 CLASSES = 7
 COMMON = dict(num_classes=CLASSES, channels=16, norm_cfg=dict(type='BN'), dropout_ratio=0)
@@ -181,7 +181,7 @@ def test_switches_change_nothing_on_a_cpu(switch):
             assert torch.equal(found_gradients[name], gradient), name
 
 
-@pytest.mark.parametrize('step', STEPS)
+@pytest.mark.parametrize('step', LOSS_METHODS)
 def test_a_subclass_that_changes_a_step_takes_the_path_of_mmsegmentation(step, caplog, monkeypatch):
     monkeypatch.setattr(MMLogger.get_current_instance(), 'handlers', [caplog.handler])
     calls = []

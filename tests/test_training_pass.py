@@ -11,7 +11,7 @@ from torch._dynamo.utils import counters
 
 from mmseg_resnest import training_pass
 from mmseg_resnest.resnest import ResNeSt
-from mmseg_resnest.training_pass import TrainingGraphs, _untouched_buffers
+from mmseg_resnest.training_pass import Capture, TrainingGraphs, _untouched_buffers
 
 
 def test_blocks_of_a_stage_share_their_code(monkeypatch):
@@ -245,7 +245,10 @@ class Averaging(Small):
 
 
 @pytest.mark.gpu
-def test_a_network_that_exchanges_its_buffers_runs_without_graphs():
+def test_a_network_that_exchanges_its_buffers_runs_without_graphs(monkeypatch):
+    """And is captured once, to find that out."""
+    captured = []
+    monkeypatch.setattr(training_pass, 'Capture', lambda *args: captured.append(Capture(*args)) or captured[-1])
     model = Averaging().cuda().train()
     graphs = TrainingGraphs(model, model)
     expected = 0
@@ -253,6 +256,7 @@ def test_a_network_that_exchanges_its_buffers_runs_without_graphs():
         graphs(images)
         expected = 0.5 * expected + images.mean()
         assert torch.isclose(model.average, expected)
+    assert [capture.obstacle for capture in captured] == ['it exchanges its own buffers']
 
 
 @pytest.mark.gpu
@@ -262,5 +266,5 @@ def test_a_network_that_cannot_be_captured_says_how_to_go_on():
     def network(images):
         return (model(images)[0] * torch.rand(1).to(images.device),)
 
-    with pytest.raises(RuntimeError, match=r'cannot be captured as CUDA graphs .*model\.cuda_graphs=False'):
+    with pytest.raises(RuntimeError, match=r'cannot be captured as CUDA graphs \(.+\); model\.cuda_graphs=False'):
         TrainingGraphs(network, model)(batches(1)[0])

@@ -11,7 +11,7 @@ from hang import write_config
 from test_checkpointing import wait_for
 from test_launch import step_of_two
 from test_signals import command, ended, is_reading, is_there, open_for_writing, pid_of_rank, torchrun, wait_for_log
-from tiny import Tool, write_data_set
+from tiny import CAMVID, Tool, write_data_set
 
 from mmseg_resnest.watch import EXIT_STALLED, WatchHook
 
@@ -103,6 +103,28 @@ def test_a_rank_that_hangs_is_named_by_both(rank, point, validation, tmp_path):
     reason = f'rank {rank} has been behind the others for {TIMEOUT} s'
     for own, tool in enumerate(tools):
         assert f'error on rank {own}: {reason}' in tool.logs[1].read_text()
+
+
+@pytest.mark.slow
+def test_a_store_that_is_stopped_ends_the_others(data, tmp_path):
+    with two_tasks(str(CAMVID), data, tmp_path) as (first, second):
+        wait_for_log(' 3/100000]', tmp_path)
+        os.kill(first.process.pid, signal.SIGSTOP)  # who keeps it
+        second.process.join(TIMEOUT * 3 + SLACK)
+        assert second.process.exitcode == EXIT_STALLED
+    reason = f'kept by rank 0 or torchrun, has not answered for {TIMEOUT} s: stopped, or cut off'
+    assert reason in second.logs[1].read_text()
+
+
+@pytest.mark.slow
+def test_a_rank_that_hangs_after_its_last_evaluation_is_named(data, tmp_path):
+    """As in saving the best one, while the other one waits at the end of the run."""
+    config = write_config(tmp_path, rank=0, point='after_val_epoch', at=5, seconds=1000)
+    with two_tasks(config, data, tmp_path, 'train_cfg.max_iters=5') as tools:
+        for tool in tools:
+            tool.process.join(TIMEOUT * 3 + 2 * SLACK)
+        assert [tool.process.exitcode for tool in tools] == [EXIT_STALLED] * 2
+    assert f'error on rank 1: rank 0 has been behind the others for {TIMEOUT} s' in tools[1].logs[1].read_text()
 
 
 @pytest.mark.slow

@@ -35,8 +35,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         '--against',
         choices=PEERS,
-        help="beside mmsegmentation's own model under AMP, or segmentation_models.pytorch's, compiled (default: train: "
-        'alone; test: both)',
+        help="beside mmsegmentation's own model under AMP, or segmentation_models.pytorch's, compiled, which must be "
+        'installed (default: train: alone; test: both)',
     )
     parser.add_argument(
         '--steps', type=int, default=10, help='measured training steps, after three others (default: 10)'

@@ -95,8 +95,6 @@ def keep_alive(cfg: Config) -> None:
 def train(args: argparse.Namespace) -> None:
     """Builds the runner that the command line asks for and trains."""
     cfg = cli.load_config(args, 'train_dataloader')
-    launch.set_launcher(cfg)
-    remarks = set_start(cfg, args)
     loaders = [loader for loader in ('train_dataloader', 'val_dataloader') if cfg.get(loader)]
     for loader in loaders:
         check_classes(loader, cfg)
@@ -106,6 +104,8 @@ def train(args: argparse.Namespace) -> None:
         set_amp(cfg, args.amp)
     if args.seed is not None:
         cfg.randomness = dict(cfg.get('randomness') or {}, seed=args.seed)
+    launch.set_launcher(cfg)
+    remarks = set_start(cfg, args)
     keep_alive(cfg)
     runner = cli.build_runner(cfg)
     for remark in remarks:

@@ -80,6 +80,8 @@ def _even(taps: Taps) -> Taps:
     """Repeats the last tap without weight, so that there are a power of two."""
     count = taps.index.shape[1]
     missing = triton.next_power_of_2(count) - count
+    if not missing:
+        return taps
     index = torch.cat([taps.index, taps.index[:, -1:].expand(-1, missing)], 1)
     return Taps(index, F.pad(taps.weight, (0, missing)))
 

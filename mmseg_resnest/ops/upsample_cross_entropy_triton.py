@@ -2,10 +2,10 @@
 
 Pixels of a row that lie between the same two columns of logits form groups of at most K. A thread owns a group (in the
 first kernel of one row, in the second of all rows, for a few classes) and loops over classes or rows: it interpolates
-four logits down a row once, and then across to K pixels, so an interpolated logit costs one multiply-add, its
-exponential, and its share of two accumulators. Exponentials are of differences from a pixel's highest logit, as
-torch's, and what is certain is exactly 1. Nothing is reduced across threads, and there are no atomics: the result is
-deterministic.
+four logits down a row once, and then across to K pixels, so an interpolated logit costs one multiply-add, one
+exponential, and its share of two accumulators. The exponential is of the difference from the pixel's highest logit so
+far, and rescales the sum where the new one is higher: what is certain is exactly 1, as torch's. Nothing is reduced
+across threads, and there are no atomics: the result is deterministic.
 
     1. softmax_kernel: a row's pixels -> highest logit and log-sum-exp (stored: two numbers a pixel) and the sums.
     2. gradient_kernel: -> each group's share of the gradients of its two columns of logits.
