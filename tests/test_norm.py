@@ -275,12 +275,8 @@ def test_sync_bn_of_a_runner_converts_and_keeps_the_tensors():
 
 
 def test_a_converted_layer_keeps_its_group():
-    torch.distributed.init_process_group('gloo', store=torch.distributed.HashStore(), rank=0, world_size=1)
-    try:
-        group = torch.distributed.new_group([0])
-        assert SyncBatchNorm.convert(nn.SyncBatchNorm(8, process_group=group)).process_group is group
-    finally:
-        torch.distributed.destroy_process_group()
+    group = object()
+    assert SyncBatchNorm.convert(nn.SyncBatchNorm(8, process_group=group)).process_group is group
 
 
 if __name__ == '__main__':
