@@ -21,6 +21,7 @@ from mmseg_resnest.registry import HOOKS
 from mmseg_resnest.watch import WatchHook
 
 SIGNALS = (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM)
+END = b'\0'  # to the thread that reads the signals' numbers
 
 
 @HOOKS.register_module()
@@ -56,14 +57,15 @@ class SignalHook(Hook):
         _guard_forks()
         numbers, self._wakeup = os.pipe()
         os.set_blocking(self._wakeup, False)
-        threading.Thread(target=self._listen, args=(numbers,), name='signals', daemon=True).start()
+        self._listener = threading.Thread(target=self._listen, args=(numbers,), name='signals', daemon=True)
+        self._listener.start()
         self._wakeup_before = signal.set_wakeup_fd(self._wakeup, warn_on_full_buffer=False)
         # Only signals that have a handler are written to the pipe.
         self._before = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
 
     def _listen(self, numbers: int) -> None:
         with os.fdopen(numbers, 'rb', buffering=0) as pipe:
-            while byte := pipe.read(1):
+            while (byte := pipe.read(1)) != END:
                 if byte[0] in SIGNALS:
                     self._receive(signal.Signals(byte[0]))
 
@@ -119,6 +121,10 @@ class SignalHook(Hook):
                 signal.signal(number, handler)
             self._before = {}
             signal.set_wakeup_fd(self._wakeup_before)
+            # By a byte, since forked workers keep the pipe open; here, since a thread that ends together with the
+            # interpreter, and is the last to hold tensors, aborts the process.
+            os.write(self._wakeup, END)
+            self._listener.join()
             os.close(self._wakeup)
             atexit.unregister(self._give_back)
 

@@ -185,6 +185,21 @@ def test_a_worker_that_a_server_has_forked_ends_with_its_trainer_only():
     assert worker.exitcode == 0
 
 
+def test_the_thread_ends_with_the_run_though_a_worker_is_left():
+    hook = SignalHook()
+    hook._take()
+    worker = os.fork()
+    if not worker:
+        time.sleep(60)
+        os._exit(0)
+    try:
+        hook._give_back()
+        assert not hook._listener.is_alive()
+    finally:
+        os.kill(worker, signal.SIGKILL)
+        os.waitpid(worker, 0)
+
+
 # ------------------------------------------------------------------------------------------------------ two processes
 
 
