@@ -39,20 +39,22 @@ def test_segmentors(head):
         assert (model._forward(x) - truth).abs().max() < 1e-10 * truth.abs().max()
 
 
+class TwoReaders(nn.Module):
+    """Gives a convolution's output with and without batch norm."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        x = self.conv(x)
+        return self.norm(x), x
+
+
 def test_each_output_is_compared():
     """The second one reads the convolution past its norm."""
-
-    class Model(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.conv, self.norm = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
-
-        def forward(self, x):
-            x = self.conv(x)
-            return self.norm(x), x
-
     x = torch.randn(2, 3, 8, 8)
-    model = settled(Model(), x)
+    model = settled(TwoReaders(), x)
     with pytest.raises(ValueError, match='folding 1 batch norms changed the output by'):
         fold_batch_norms(model, lambda: model(x))
 
@@ -105,20 +107,11 @@ def test_what_does_not_fold_stays():
 
 
 def test_a_convolution_with_two_readers_is_refused():
-    class Model(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.conv, self.norm = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
-
-        def forward(self, x):
-            x = self.conv(x)
-            return self.norm(x) + x
-
     x = torch.randn(2, 3, 8, 8)
-    model = settled(Model(), x)
+    model = settled(TwoReaders(), x)
     with pytest.raises(ValueError, match=r'folding 1 batch norms changed the output by .*Predict without folding'):
-        fold_batch_norms(model, lambda: model(x))
-    damaged = settled(copy.deepcopy(Model()), x)
+        fold_batch_norms(model, lambda: sum(model(x)))
+    damaged = settled(copy.deepcopy(TwoReaders()), x)
     damaged.norm.running_mean[0] = float('nan')
     with pytest.raises(ValueError, match='not finite'):
-        fold_batch_norms(damaged, lambda: damaged(x))
+        fold_batch_norms(damaged, lambda: sum(damaged(x)))

@@ -162,14 +162,14 @@ def test(args: argparse.Namespace) -> None:
 FIRST = ('mIoU', 'mAcc', 'aAcc')
 
 
-def _rank(name: str) -> int:
+def _order(name: str) -> int:
     name = name.rpartition('/')[2]  # what comes before is the metric's prefix
     return FIRST.index(name) if name in FIRST else len(FIRST)
 
 
 def report(metrics: dict, runner: Runner, args: argparse.Namespace) -> None:
     """Prints the figures, or where the files are, and writes the figures to ``--json``."""
-    figures = {name: float(metrics[name]) for name in sorted(metrics, key=_rank)}
+    figures = {name: float(metrics[name]) for name in sorted(metrics, key=_order)}
     if figures:
         print('  '.join(f'{name} {value:.2f}' for name, value in figures.items()))
     for metric in runner.test_evaluator.metrics:
