@@ -121,26 +121,31 @@ class Capture:
         self.images = images.detach().clone()
         self._passes = 0
         self.pending: int | None = None
-        with _untouched_buffers(module) as are_exchanged:
+        with _untouched_buffers(module) as are_exchanged, _stand_ins(module, self.parameters) as self._leaves:
             self.trained = self._warm_up()
-            self.obstacle = '' if self.trained else 'it has nothing to train'
-            if self.trained:
+            if self.trained and not self.obstacle:
                 self._record()
             self.exchanges_buffers = are_exchanged()
             if self.exchanges_buffers:
                 self.obstacle = 'it exchanges its own buffers'
 
     def _warm_up(self) -> list[int]:
-        """Compiles, and lets cuDNN choose; leaves the random numbers as they were. Returns ``trained``."""
+        """Compiles, lets cuDNN choose, and finds obstacles; leaves the random numbers as they were.
+
+        Returns:
+            ``trained``.
+        """
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.random.fork_rng([torch.cuda.current_device()]), torch.cuda.stream(stream):
             for _ in range(3):
                 outputs = self._run()
                 gradients = [torch.zeros_like(output) for output in outputs if output.requires_grad]
-                if gradients:
-                    self._differentiate(outputs, gradients)
+                found = self._differentiate(outputs, gradients, [*self._leaves, *self.parameters]) if gradients else []
         torch.cuda.current_stream().wait_stream(stream)
+        self.obstacle = '' if found else 'it has nothing to train'
+        if any(gradient is not None for gradient in found[len(self._leaves) :]):
+            self.obstacle = 'it reads parameters from elsewhere than its modules'
         return [i for i, output in enumerate(outputs) if output.requires_grad]
 
     def _record(self) -> None:
@@ -152,7 +157,7 @@ class Capture:
                 outputs = self._run()
             self._output_gradients = [torch.empty_like(outputs[i]) for i in self.trained]
             with torch.cuda.graph(self._backward, pool=pool, capture_error_mode='thread_local'):
-                self._gradients = self._differentiate(outputs, self._output_gradients)
+                self._gradients = self._differentiate(outputs, self._output_gradients, self._leaves)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
@@ -167,11 +172,13 @@ class Capture:
         with torch.autocast('cuda', _autocast_dtype(), enabled=_autocast_dtype() is not None, cache_enabled=False):
             return self._network(self.images)
 
-    def _differentiate(self, outputs: tuple[Tensor, ...], gradients: list[Tensor]) -> tuple[Tensor | None, ...]:
-        """Returns the parameters' gradients, given those of the outputs that depend on them."""
+    def _differentiate(
+        self, outputs: tuple[Tensor, ...], gradients: list[Tensor], leaves: list[nn.Parameter]
+    ) -> tuple[Tensor | None, ...]:
+        """Returns the gradients of leaves, given those of the outputs that depend on parameters."""
         trained = [output for output in outputs if output.requires_grad]
         with torch.autocast('cuda', enabled=False):
-            return torch.autograd.grad(trained, self.parameters, gradients, allow_unused=True)
+            return torch.autograd.grad(trained, leaves, gradients, allow_unused=True)
 
     def replay_forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """Runs the forward pass."""
@@ -192,7 +199,11 @@ class Capture:
         for i, static in zip(self.trained, self._output_gradients, strict=True):
             static.copy_(output_gradients[i])
         self._backward.replay()
-        return [None if gradient is None else gradient.clone() for gradient in self._gradients]
+        found = [gradient for gradient in self._gradients if gradient is not None]
+        copies = [torch.empty_like(gradient) for gradient in found]
+        torch._foreach_copy_(copies, found)  # one by one, a millisecond
+        remaining = iter(copies)
+        return [None if gradient is None else next(remaining) for gradient in self._gradients]
 
 
 @contextmanager
@@ -207,6 +218,25 @@ def _untouched_buffers(module: nn.Module) -> Iterator[Callable[[], bool]]:
     yield lambda: any(place[name] is not buffer for place, name, buffer, _ in buffers)
     for place, name, buffer, value in buffers:
         place[name] = buffer.copy_(value)
+
+
+@contextmanager
+def _stand_ins(module: nn.Module, parameters: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+    """Puts others of the same memory in the places of a module's parameters, and yields them.
+
+    Autograd ties a parameter that somebody observes, as DistributedDataParallel does, to the stream that it was first
+    used on, which a capture must leave alone.
+    """
+    twins = {id(parameter): nn.Parameter(parameter.detach()) for parameter in parameters}
+    places = [(part._parameters, name) for part in module.modules() for name in part._parameters]
+    taken = [(place, name, place[name]) for place, name in places if id(place[name]) in twins]
+    for place, name, parameter in taken:
+        place[name] = twins[id(parameter)]
+    try:
+        yield list(twins.values())
+    finally:
+        for place, name, parameter in taken:
+            place[name] = parameter
 
 
 def _autocast_dtype() -> torch.dtype | None:

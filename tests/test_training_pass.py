@@ -8,10 +8,12 @@ import torch
 from mmseg.registry import MODELS
 from torch import nn
 from torch._dynamo.utils import counters
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
 
 from mmseg_resnest import training_pass
 from mmseg_resnest.resnest import ResNeSt
-from mmseg_resnest.training_pass import Capture, TrainingGraphs, _untouched_buffers
+from mmseg_resnest.training_pass import Capture, TrainingGraphs, _stand_ins, _untouched_buffers
 
 
 def test_blocks_of_a_stage_share_their_code(monkeypatch):
@@ -99,6 +101,28 @@ def test_buffers_are_given_back_with_their_values():
     assert norm.num_batches_tracked == 0
 
 
+def test_stand_ins_have_the_gradients_and_leave_the_parameters_alone():
+    model = Small()
+    model.tied = model.head  # counted once
+    model.body[0].bias.requires_grad_(False)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    names = [name for name, _ in model.named_parameters()]
+    before = list(model.parameters())
+    with _stand_ins(model, parameters) as twins:
+        loss = sum(output.square().mean() for output in model(torch.randn(2, 3, 8, 8)))
+        gradients = torch.autograd.grad(loss, [*twins, *parameters], allow_unused=True)
+    assert all(gradient is not None for gradient in gradients[: len(twins)])
+    assert not any(gradient is not None for gradient in gradients[len(twins) :])
+    for twin, parameter in zip(twins, parameters, strict=True):
+        assert twin.data_ptr() == parameter.data_ptr()
+        assert twin is not parameter
+    assert [name for name, _ in model.named_parameters()] == names
+    assert all(now is then for now, then in zip(model.parameters(), before, strict=True))
+    with pytest.raises(RuntimeError), _stand_ins(model, parameters):
+        raise RuntimeError
+    assert all(now is then for now, then in zip(model.parameters(), before, strict=True))
+
+
 class Small(nn.Module):
     """A network with what a capture could spoil: batch norm and dropout."""
 
@@ -147,6 +171,59 @@ def test_graphs_compute_what_the_network_does():
         assert_same_gradients(graphed, plain)
     assert graphed.body[1].num_batches_tracked == 3  # the warm-up left no trace
     assert torch.allclose(graphed.body[1].running_var, plain.body[1].running_var)
+
+
+class Graphed(nn.Module):
+    """A network that replays graphs of itself, as a segmentor does."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+        self.graphs = TrainingGraphs(network, network)
+
+    def forward(self, images):
+        return self.graphs(images)
+
+
+@pytest.mark.gpu
+def test_under_distributed_data_parallel(tmp_path):
+    """Which ties the parameters to the stream that it is made on."""
+    store = torch.distributed.FileStore(str(tmp_path / 'store'))
+    torch.distributed.init_process_group('gloo', store=store, rank=0, world_size=1)
+    try:
+        plain, graphed = make_small(), make_small()
+        parallel = DistributedDataParallel(Graphed(graphed), device_ids=[torch.cuda.current_device()])
+        for images in batches(3):
+            plain.zero_grad()
+            graphed.zero_grad()
+            step(plain, plain, images)
+            step(graphed, parallel, images)
+            assert_same_gradients(graphed, plain)
+        assert parallel.module.graphs._capture is not None
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+class Keeping(Small):
+    """Reads a parameter from a list of its own, as torch's LSTM does."""
+
+    def __init__(self):
+        super().__init__()
+        self.kept = [self.head.weight]
+
+    def forward(self, images):
+        features = self.body(images)
+        return F.conv2d(features, self.kept[0], self.head.bias), features
+
+
+@pytest.mark.gpu
+def test_parameters_read_from_elsewhere_are_trained_without_graphs():
+    model = Keeping().cuda().train()
+    model.kept = [model.head.weight]
+    graphs = TrainingGraphs(model, model)
+    step(model, graphs, batches(1)[0])
+    assert graphs._capture is None
+    assert model.head.weight.grad.norm() > 0
 
 
 @pytest.mark.gpu
