@@ -96,7 +96,7 @@ def benchmark_training(path: Path, args: argparse.Namespace) -> Iterator[tuple[s
     """Yields the sides and their figures."""
     module = 'mmseg_resnest.benchmark.training'
     ceiling = run_alone(module, Spec('ceiling', ''))['tflop_per_s']
-    print(f'A large matrix product in bfloat16 runs at {ceiling:.0f} TFLOP/s')
+    print(f'A large matrix product runs at {ceiling:.0f} TFLOP/s')
     sides = {}
     for side in PEERS.get(args.against, ('ours',)):
         sides[side] = result = run_alone(module, Spec(side, str(path), args.steps, args.cfg_options))
@@ -130,6 +130,7 @@ def benchmark_scaling(path: Path, args: argparse.Namespace) -> Iterator[tuple[st
             'efficiency {efficiency:.1%}'.format(path.stem, side, processes, **result),
             flush=True,
         )
+        print_kinds(result)
         yield f'{side}, {processes}', result
 
 
@@ -156,8 +157,13 @@ def print_side(config: str, side: str, result: dict, sides: dict) -> None:
     if side != first:
         speed = ours['images_per_s'] / result['images_per_s']
         print(f'    {first} is {speed:.2f} times as fast, in {ours["gib"] / result["gib"]:.2f} of its memory')
+    print_kinds(result)
+
+
+def print_kinds(result: dict) -> None:
+    """Prints the kinds of work of a GPU in a step."""
     for kind, ms in result.get('kinds', {}).items():
-        print(f'    {ms:8.2f} ms  {kind}')
+        print(f'    {ms:8.2f} ms  {kind}', flush=True)
 
 
 if __name__ == '__main__':

@@ -28,7 +28,7 @@ from mmseg_resnest.benchmark.alone import hand_over, run_alone
 from mmseg_resnest.benchmark.training import smp_model
 
 MMSEG_BACKBONE = dict(
-    type='mmseg.ResNeSt', stem_channels=128, radix=2, reduction_factor=4, avg_down_stride=True, num_stages=4,
+    type='mmseg.ResNeSt', radix=2, reduction_factor=4, avg_down_stride=True, num_stages=4,
     out_indices=(0, 1, 2, 3), dilations=(1, 1, 2, 4), strides=(1, 2, 1, 1), norm_cfg=dict(type='BN'), norm_eval=False,
     style='pytorch', contract_dilation=True,
 )  # fmt: skip
@@ -160,8 +160,9 @@ def _config(spec: Spec) -> Config:
     cfg.model.type = 'mmseg_resnest.EncoderDecoder' if ours else 'mmseg.EncoderDecoder'
     cfg.tta_model = dict(type='mmseg_resnest.TTAModel' if ours else 'mmseg.SegTTAModel')
     if not ours:
-        if cfg.model.backbone.depth in (50, 101, 200):
-            cfg.model.backbone = dict(MMSEG_BACKBONE, depth=cfg.model.backbone.depth)
+        depth = cfg.model.backbone.depth
+        if depth in (50, 101, 200):
+            cfg.model.backbone = dict(MMSEG_BACKBONE, depth=depth, stem_channels=64 if depth == 50 else 128)
         cfg.test_dataloader.pop('batch_sampler', None)
         cfg.test_dataloader.batch_size = 1
         cfg.test_evaluator = dict(type='mmseg.IoUMetric', iou_metrics=['mIoU'])

@@ -36,6 +36,7 @@ PEERS = {
 }
 # Part of a kernel's name -> kind of work; the first that fits.
 KINDS = {
+    'nccl': 'communication',
     'triton_poi': 'compiled elementwise work',
     'triton_red': 'compiled reductions',
     'triton_per': 'compiled reductions',
@@ -66,7 +67,7 @@ class Spec:
     """One measurement of one side.
 
     Attributes:
-        side: One of those in ``PEERS``, or ``'ceiling'``: the rate of a large bfloat16 matrix product.
+        side: One of those in ``PEERS``, or ``'ceiling'``: the rate of a large matrix product.
         config: Path of the config.
         steps: Measured steps, after three others.
         options: Overrides of the config.
@@ -95,9 +96,9 @@ def measure(spec: Spec) -> dict:
 
 
 def matrix_ceiling() -> float:
-    """Returns how many TFLOP/s an 8192 x 8192 x 8192 matrix product in bfloat16 reaches."""
-    size = 8192 if _device() == 'cuda' else 512
-    a, b = (torch.randn(size, size, device=_device(), dtype=torch.bfloat16) for _ in range(2))
+    """Returns how many TFLOP/s a large matrix product reaches in the format that trains there, float32 on a CPU."""
+    size, dtype = (8192, torch.bfloat16) if _device() == 'cuda' else (512, torch.float32)
+    a, b = (torch.randn(size, size, device=_device(), dtype=dtype) for _ in range(2))
     return 2 * size**3 / _median_seconds(lambda: a @ b, 10) / 1e12
 
 
@@ -147,16 +148,29 @@ def time_steps(step: Callable[[], object], images: int, steps: int) -> dict:
 
 
 def profile(step: Callable[[], object]) -> dict[str, float]:
-    """Returns kind of work -> its milliseconds on the GPU in a step."""
+    """Returns kind of work -> its milliseconds on the GPU in a step; also when nothing but communication runs."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as found:
         step()
         torch.cuda.synchronize()
-    kinds = Counter()
+    kinds, spans = Counter(), []
     for event in found.events():
         if event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation:
             name = event.name.lower()
-            kinds[next(kind for part, kind in KINDS.items() if part in name)] += event.self_device_time_total / 1000
+            kind = next(kind for part, kind in KINDS.items() if part in name)
+            kinds[kind] += event.self_device_time_total / 1000
+            spans.append((event.time_range.start, event.time_range.end, kind))
+    if 'communication' in kinds:
+        kinds['of it not overlapped'] = _covered(spans) - _covered([s for s in spans if s[2] != 'communication'])
     return dict(kinds.most_common())
+
+
+def _covered(spans: list[tuple[float, float, str]]) -> float:
+    """Returns the milliseconds in which at least one of the spans, in microseconds, runs."""
+    covered, until = 0.0, float('-inf')
+    for start, end, _ in sorted(spans):
+        covered += max(end - max(start, until), 0)
+        until = max(until, end)
+    return covered / 1000
 
 
 def training_flop(side: str, cfg: Config) -> float:
@@ -239,7 +253,7 @@ def mmseg_config(cfg: Config) -> Config:
         raise ValueError(f"mmsegmentation's ResNeSt has no depth {depth}, but {', '.join(map(str, depths))}")
     theirs = Config.fromfile(found[0])
     theirs.model.pretrained = None
-    theirs.model.backbone.depth = depth
+    theirs.model.backbone.update(depth=depth, stem_channels=64 if depth == 50 else 128)
     theirs.model.data_preprocessor.size = cfg.model.data_preprocessor.size
     return theirs
 
