@@ -1,10 +1,11 @@
-"""Measure how fast configs train, predict, evaluate, make samples, and train on several GPUs.
+"""Measure how fast configs train, predict, evaluate, make samples, train on several GPUs, and whether they learn.
 
   python tools/benchmark.py train configs/deeplabv3_resnest101_ade20k.py --against mmseg
   python tools/benchmark.py train configs/*.py --json speeds.json
   python tools/benchmark.py test configs/deeplabv3_resnest101_ade20k.py --against smp
   python tools/benchmark.py scale configs/deeplabv3_resnest101_ade20k.py --processes 2
   python tools/benchmark.py data configs/deeplabv3_resnest101_cityscapes.py
+  python tools/benchmark.py learn configs/pspnet_resnest50_camvid.py --data-root DIR --against mmseg
 
 Each side runs in a fresh process, one after the other, on the same work.
 train: images/s, peak memory and the kinds of work in whole training steps on a random batch, without
@@ -12,6 +13,8 @@ the data pipeline; the first steps, which compile, take minutes.
 test: milliseconds an image, from images or generated files.
 scale: training steps on one GPU and on several, with plain and with synchronised batch norm.
 data: samples a second that one core makes of generated files, beside mmsegmentation's transforms.
+learn: whole runs from scratch, several seeds: mIoU, seconds and losses, beside mmsegmentation's own model of the same
+initial weights and graph, or beside the eager float32 path.
 """
 
 import argparse
@@ -20,9 +23,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from mmengine.config import Config
 
 from mmseg_resnest import cli
-from mmseg_resnest.benchmark import data, inference, scaling
+from mmseg_resnest.benchmark import data, inference, learning, scaling
 from mmseg_resnest.benchmark.alone import run_alone
 from mmseg_resnest.benchmark.training import PEERS, Spec, import_smp, mmseg_config
 
@@ -30,7 +34,7 @@ from mmseg_resnest.benchmark.training import PEERS, Spec, import_smp, mmseg_conf
 def make_parser() -> argparse.ArgumentParser:
     """Returns the tool's options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('task', choices=['train', 'test', 'scale', 'data'])
+    parser.add_argument('task', choices=['train', 'test', 'scale', 'data', 'learn'])
     parser.add_argument('configs', nargs='+', type=Path, metavar='CONFIG')
     parser.add_argument(
         '--against',
@@ -44,6 +48,10 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         '--processes', type=int, default=max(torch.cuda.device_count(), 2), help='of scale (default: one a GPU)'
     )
+    parser.add_argument('--seeds', type=int, default=3, help='of learn: how many runs a side (default: 3)')
+    parser.add_argument(
+        '--data-root', metavar='DIR', help='of learn: where the data set is, if not where the config says'
+    )
     parser.add_argument('--json', type=Path, metavar='FILE', help='write the figures there')
     cli.add_overrides(parser)
     parser.add_argument('--debug', action='store_true', help='show the stack trace of an error')
@@ -54,7 +62,13 @@ def benchmark(args: argparse.Namespace) -> None:
     """Measures the configs one after the other and prints a line a side, or a row."""
     check(args)
     print(f'{torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"}, torch {torch.__version__}')
-    tasks = dict(train=benchmark_training, test=benchmark_inference, scale=benchmark_scaling, data=benchmark_data)
+    tasks = dict(
+        train=benchmark_training,
+        test=benchmark_inference,
+        scale=benchmark_scaling,
+        data=benchmark_data,
+        learn=benchmark_learning,
+    )
     run = tasks[args.task]
     results = {}
     for path in args.configs:
@@ -72,8 +86,9 @@ def check(args: argparse.Namespace) -> None:
     Raises:
         UsageError: An option is not one, a config is none, or a peer is not there or has no such model.
     """
-    if args.steps < 1:
-        raise cli.UsageError(f'--steps {args.steps}: expected 1 or more')
+    for name in ('steps', 'seeds'):
+        if getattr(args, name) < 1:
+            raise cli.UsageError(f'--{name} {getattr(args, name)}: expected 1 or more')
     for path in args.configs:
         cfg = cli.read_config(path, args.cfg_options, 'test_dataloader' if args.task == 'test' else 'train_dataloader')
         if (args.task, args.against) == ('train', 'mmseg'):
@@ -81,6 +96,8 @@ def check(args: argparse.Namespace) -> None:
                 mmseg_config(cfg)
             except ValueError as error:
                 raise cli.UsageError(f'{path}: {error}') from error
+        if args.task == 'learn':
+            check_learning(path, cfg, args.against)
     if args.against == 'smp' or (args.task, args.against) == ('test', None):
         try:
             import_smp()
@@ -90,6 +107,20 @@ def check(args: argparse.Namespace) -> None:
         raise cli.UsageError(f'--json {args.json}: a folder; name a file in it')
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
+
+
+def check_learning(path: Path, cfg: Config, against: str | None) -> None:
+    """Refuses runs that cannot be compared.
+
+    Raises:
+        UsageError: The peer has no such model, or the schedule counts epochs.
+    """
+    if against == 'smp':
+        raise cli.UsageError('learn --against smp: expected mmseg, or nothing')
+    if 'max_iters' not in cfg.train_cfg:
+        raise cli.UsageError(f'{path}: its schedule counts epochs; expected iterations (train_cfg.max_iters)')
+    if against == 'mmseg' and cfg.model.backbone.depth not in (50, 101, 200):
+        raise cli.UsageError(f"{path}: mmsegmentation's ResNeSt has no depth {cfg.model.backbone.depth}")
 
 
 def benchmark_training(path: Path, args: argparse.Namespace) -> Iterator[tuple[str, dict]]:
@@ -143,6 +174,23 @@ def benchmark_data(path: Path, args: argparse.Namespace) -> Iterator[tuple[str, 
         print(f'    {transforms}')
         yield side, result
     print(f'    ours is {sides["mmseg"]["ms"] / sides["ours"]["ms"]:.2f} times as fast, with the same samples')
+
+
+def benchmark_learning(path: Path, args: argparse.Namespace) -> Iterator[tuple[str, dict]]:
+    """Yields the runs of both sides, and how the sides differ."""
+    sides = {side: [] for side in learning.SIDES[args.against]}
+    for seed in range(args.seeds):
+        for side, runs in sides.items():
+            spec = learning.Spec(side, str(path), seed, args.data_root, args.cfg_options)
+            runs.append(run_alone('mmseg_resnest.benchmark.learning', spec))
+            print('{:38s} {:10s} seed {}: mIoU {mIoU:.2f}, {seconds:.0f} s'.format(path.stem, side, seed, **runs[-1]))
+            yield f'{side}, {seed}', runs[-1]
+    found = learning.summary(*sides.values())
+    print(
+        '    {} - {}: mIoU {mIoU:+.2f} (standard deviation over seeds {mIoU_spread:.2f}), '
+        'loss {loss:.4f} apart ({loss_spread:.4f})'.format(*sides, **found)
+    )
+    yield 'difference', found
 
 
 def print_side(config: str, side: str, result: dict, sides: dict) -> None:

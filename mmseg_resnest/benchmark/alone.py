@@ -1,5 +1,6 @@
 """A measurement in a process of its own."""
 
+import ast
 import json
 import subprocess
 import sys
@@ -19,11 +20,16 @@ def run_alone(module: str, spec: Any) -> dict:
     Raises:
         RuntimeError: It failed; the message is the end of its output.
     """
-    done = subprocess.run([sys.executable, '-m', module, json.dumps(asdict(spec))], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, '-m', module, repr(asdict(spec))], capture_output=True, text=True)
     results = [text for text in done.stdout.splitlines() if text.startswith(_RESULT)]
     if done.returncode or not results:
         raise RuntimeError(f'{spec.side}: {(done.stderr or done.stdout).strip()[-1500:]}')
     return json.loads(results[-1].removeprefix(_RESULT))
+
+
+def fields() -> dict[str, Any]:
+    """Returns the fields of the spec that ``run_alone`` has started this process with."""
+    return ast.literal_eval(sys.argv[1])  # JSON would make lists of tuples
 
 
 def hand_over(result: dict) -> None:

@@ -4,9 +4,7 @@ Both sides have random weights with settled batch norm, and generated pictures. 
 process, ``python -m mmseg_resnest.benchmark.inference SPEC``.
 """
 
-import json
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -24,14 +22,9 @@ from mmseg.structures import SegDataSample
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mmseg_resnest.benchmark.alone import hand_over, run_alone
-from mmseg_resnest.benchmark.training import smp_model
+from mmseg_resnest.benchmark.alone import fields, hand_over, run_alone
+from mmseg_resnest.benchmark.training import mmseg_backbone, smp_model
 
-MMSEG_BACKBONE = dict(
-    type='mmseg.ResNeSt', radix=2, reduction_factor=4, avg_down_stride=True, num_stages=4,
-    out_indices=(0, 1, 2, 3), dilations=(1, 1, 2, 4), strides=(1, 2, 1, 1), norm_cfg=dict(type='BN'), norm_eval=False,
-    style='pytorch', contract_dilation=True,
-)  # fmt: skip
 # Width and height -> share of a generated set: made up after ADE20K's validation images, mostly of short side 512.
 ADE_SIZES = {
     (683, 512): 0.45, (512, 683): 0.1, (768, 512): 0.1, (512, 512): 0.05, (910, 512): 0.05, (1600, 1200): 0.1,
@@ -160,9 +153,8 @@ def _config(spec: Spec) -> Config:
     cfg.model.type = 'mmseg_resnest.EncoderDecoder' if ours else 'mmseg.EncoderDecoder'
     cfg.tta_model = dict(type='mmseg_resnest.TTAModel' if ours else 'mmseg.SegTTAModel')
     if not ours:
-        depth = cfg.model.backbone.depth
-        if depth in (50, 101, 200):
-            cfg.model.backbone = dict(MMSEG_BACKBONE, depth=depth, stem_channels=64 if depth == 50 else 128)
+        if cfg.model.backbone.depth in (50, 101, 200):
+            cfg.model.backbone = mmseg_backbone(cfg.model.backbone.depth)
         cfg.test_dataloader.pop('batch_sampler', None)
         cfg.test_dataloader.batch_size = 1
         cfg.test_evaluator = dict(type='mmseg.IoUMetric', iou_metrics=['mIoU'])
@@ -319,6 +311,4 @@ def _end_to_end(spec: Spec) -> float:
 
 
 if __name__ == '__main__':
-    fields = json.loads(sys.argv[1])
-    fields['size'] = fields['size'] and tuple(fields['size'])
-    hand_over(measure(Spec(**fields)))
+    hand_over(measure(Spec(**fields())))

@@ -5,7 +5,6 @@
 
 import json
 import os
-import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from mmengine.optim import build_optim_wrapper
 from mmengine.registry import init_default_scope
 from mmseg.registry import MODELS
 
-from mmseg_resnest.benchmark.alone import hand_over, run_alone
+from mmseg_resnest.benchmark.alone import fields, hand_over, run_alone
 from mmseg_resnest.benchmark.training import make_batch, time_steps
 from mmseg_resnest.norm import SyncBatchNorm
 
@@ -92,4 +91,4 @@ def _work(rank: int, spec: Spec, folder: str) -> None:
 
 if __name__ == '__main__':
     os.environ.setdefault('OMP_NUM_THREADS', '1')
-    hand_over(measure(Spec(**json.loads(sys.argv[1]))))
+    hand_over(measure(Spec(**fields())))

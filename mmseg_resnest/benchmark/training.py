@@ -4,9 +4,7 @@
 A step is preprocessing, forward pass, losses, gradient and optimiser; the data pipeline is not in it.
 """
 
-import json
 import statistics
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -26,7 +24,7 @@ from mmseg.structures import SegDataSample
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mmseg_resnest.benchmark.alone import hand_over
+from mmseg_resnest.benchmark.alone import fields, hand_over
 
 OURS = ('ours', 'ours-eager')
 PEERS = {
@@ -253,9 +251,18 @@ def mmseg_config(cfg: Config) -> Config:
         raise ValueError(f"mmsegmentation's ResNeSt has no depth {depth}, but {', '.join(map(str, depths))}")
     theirs = Config.fromfile(found[0])
     theirs.model.pretrained = None
-    theirs.model.backbone.update(depth=depth, stem_channels=64 if depth == 50 else 128)
+    theirs.model.backbone = mmseg_backbone(depth)
     theirs.model.data_preprocessor.size = cfg.model.data_preprocessor.size
     return theirs
+
+
+def mmseg_backbone(depth: int) -> dict:
+    """Returns the config of mmsegmentation's ResNeSt at output stride 8, as its model zoo has it for depth 101."""
+    return dict(
+        type='mmseg.ResNeSt', depth=depth, stem_channels=64 if depth == 50 else 128, radix=2, reduction_factor=4,
+        avg_down_stride=True, num_stages=4, out_indices=(0, 1, 2, 3), dilations=(1, 1, 2, 4), strides=(1, 2, 1, 1),
+        norm_cfg=dict(type='BN'), norm_eval=False, style='pytorch', contract_dilation=True,
+    )  # fmt: skip
 
 
 def import_smp() -> ModuleType:
@@ -331,4 +338,4 @@ def _device() -> str:
 
 
 if __name__ == '__main__':
-    hand_over(measure(Spec(**json.loads(sys.argv[1]))))
+    hand_over(measure(Spec(**fields())))
