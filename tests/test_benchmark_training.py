@@ -12,7 +12,16 @@ from mmseg.registry import MODELS
 from tiny import CAMVID, ROOT
 from torch import nn
 
-from mmseg_resnest.benchmark.training import KINDS, Spec, _configure, make_batch, measure, mmseg_config, training_flop
+from mmseg_resnest.benchmark.training import (
+    KINDS,
+    Spec,
+    _configure,
+    _covered,
+    make_batch,
+    measure,
+    mmseg_config,
+    training_flop,
+)
 
 CONFIG = ROOT / 'configs' / 'deeplabv3_resnest50_ade20k.py'
 
@@ -110,3 +119,9 @@ def test_without_smp_the_error_says_how_to_get_it(monkeypatch):
     monkeypatch.setitem(sys.modules, 'segmentation_models_pytorch', None)
     with pytest.raises(ImportError, match=r'--against smp needs .*: pip install segmentation-models-pytorch'):
         measure(Spec('smp', str(CONFIG)))
+
+
+def test_time_that_spans_cover_counts_once():
+    spans = [(0, 1000, 'a'), (500, 1500, 'b'), (3100, 3200, 'd'), (3000, 4000, 'c')]
+    assert _covered(spans) == 2.5
+    assert _covered([]) == 0

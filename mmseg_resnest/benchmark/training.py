@@ -146,7 +146,7 @@ def time_steps(step: Callable[[], object], images: int, steps: int) -> dict:
 
 
 def profile(step: Callable[[], object]) -> dict[str, float]:
-    """Returns kind of work -> its milliseconds on the GPU in a step; also when nothing but communication runs."""
+    """Returns kind of work -> its milliseconds on the GPU in a step; of communication also what is not covered."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as found:
         step()
         torch.cuda.synchronize()
@@ -158,7 +158,8 @@ def profile(step: Callable[[], object]) -> dict[str, float]:
             kinds[kind] += event.self_device_time_total / 1000
             spans.append((event.time_range.start, event.time_range.end, kind))
     if 'communication' in kinds:
-        kinds['of it not overlapped'] = _covered(spans) - _covered([s for s in spans if s[2] != 'communication'])
+        others = [span for span in spans if span[2] != 'communication']
+        kinds['communication, not overlapped'] = _covered(spans) - _covered(others)
     return dict(kinds.most_common())
 
 
