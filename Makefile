@@ -29,7 +29,7 @@ demo: $(INSTALLED)
 
 test: $(INSTALLED)
 	@echo '==> Fast tests'
-	@$(PY) -m pytest
+	@$(PY) -m pytest -n 2 --dist loadfile
 
 test-slow: $(INSTALLED)
 	@echo '==> Slow tests'
