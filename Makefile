@@ -33,7 +33,7 @@ test: $(INSTALLED)
 
 test-slow: $(INSTALLED)
 	@echo '==> Slow tests'
-	@$(PY) -m pytest -m 'slow and not gpu' --durations=10
+	@$(PY) -m pytest -n 2 --dist loadfile -m 'slow and not gpu' --durations=10
 
 lint: $(INSTALLED)
 	@echo '==> Rules'
