@@ -70,7 +70,8 @@ def upsample_cross_entropy(
     else:
         weights = _mean_over_ranks(weights)
         denominator = torch.where(weights > 0, weights, 1)
-    return total / denominator, torch.where(valid > 0, 100 * correct / valid, 100)
+    # The kernels' sums are float64: the mean is rounded once.
+    return (total / denominator).to(dtype), torch.where(valid > 0, 100 * correct / valid, 100).to(dtype)
 
 
 def _check(

@@ -372,7 +372,7 @@ def sums_and_gradient(
             SMOOTH=label_smoothing > 0, GRADIENT=needs_gradient, K=K, BLOCK=BLOCK, num_warps=BLOCK // 32,
             **SOFTMAX_OPTIONS,
         )  # fmt: skip
-    sums = tuple(sums.double().sum(1).float().unbind())
+    sums = tuple(sums.double().sum(1).unbind())
     if not needs_gradient:
         return sums, None
     shares = torch.empty((2, N, C, h, G), dtype=torch.float32, device=logits.device)
