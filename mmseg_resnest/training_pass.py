@@ -43,7 +43,7 @@ class TrainingGraphs:
     gradients are copies. They are captured anew where parameters, buffers or parts have been moved, exchanged, frozen
     or thawed, or a part was switched between training and evaluation; numbers that a part reads, such as the momentum
     of batch norm, stay those of the capture. A batch of another size runs without graphs, and so does a network that
-    has nothing to train or exchanges its own buffers.
+    has nothing to train, exchanges its own buffers, or reads parameters from elsewhere than its modules.
 
     Args:
         network: Maps images (N, 3, H, W) to tensors, in autograd; no step of it may wait for the GPU.

@@ -71,6 +71,7 @@ NO_SMP = '--against smp needs segmentation_models.pytorch: pip install segmentat
         ),
         ('learn --seeds 0', '--seeds 0: expected 1 or more'),
         ('learn --against smp', 'learn --against smp: expected mmseg, or nothing'),
+        ('learn --data-root nowhere', '--data-root nowhere: no such folder'),
         ('learn --against mmseg', f"{CAMVID}: mmsegmentation's ResNeSt has no depth 14"),
         ('train --against smp', NO_SMP),
         ('test --against smp', NO_SMP),

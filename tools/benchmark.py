@@ -28,7 +28,7 @@ from mmengine.config import Config
 from mmseg_resnest import cli
 from mmseg_resnest.benchmark import data, inference, learning, scaling
 from mmseg_resnest.benchmark.alone import run_alone
-from mmseg_resnest.benchmark.training import PEERS, Spec, import_smp, mmseg_config
+from mmseg_resnest.benchmark.training import PEERS, Spec, import_smp, mmseg_backbone, mmseg_config
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -97,7 +97,7 @@ def check(args: argparse.Namespace) -> None:
             except ValueError as error:
                 raise cli.UsageError(f'{path}: {error}') from error
         if args.task == 'learn':
-            check_learning(path, cfg, args.against)
+            check_learning(path, cfg, args)
     if args.against == 'smp' or (args.task, args.against) == ('test', None):
         try:
             import_smp()
@@ -109,18 +109,23 @@ def check(args: argparse.Namespace) -> None:
         args.json.parent.mkdir(parents=True, exist_ok=True)
 
 
-def check_learning(path: Path, cfg: Config, against: str | None) -> None:
+def check_learning(path: Path, cfg: Config, args: argparse.Namespace) -> None:
     """Refuses runs that cannot be compared.
 
     Raises:
-        UsageError: The peer has no such model, or the schedule counts epochs.
+        UsageError: The peer has no such model, the schedule counts epochs, or the data set's folder is not there.
     """
-    if against == 'smp':
+    if args.against == 'smp':
         raise cli.UsageError('learn --against smp: expected mmseg, or nothing')
     if 'max_iters' not in cfg.train_cfg:
         raise cli.UsageError(f'{path}: its schedule counts epochs; expected iterations (train_cfg.max_iters)')
-    if against == 'mmseg' and cfg.model.backbone.depth not in (50, 101, 200):
-        raise cli.UsageError(f"{path}: mmsegmentation's ResNeSt has no depth {cfg.model.backbone.depth}")
+    if args.data_root and not Path(args.data_root).is_dir():
+        raise cli.UsageError(f'--data-root {args.data_root}: no such folder')
+    if args.against == 'mmseg':
+        try:
+            mmseg_backbone(cfg.model.backbone.depth)
+        except ValueError as error:
+            raise cli.UsageError(f'{path}: {error}') from error
 
 
 def benchmark_training(path: Path, args: argparse.Namespace) -> Iterator[tuple[str, dict]]:

@@ -247,18 +247,22 @@ def mmseg_config(cfg: Config) -> Config:
     found = sorted(folder.glob(f'*_{head}_*{data}*.py'))
     if not found:
         raise ValueError(f'mmsegmentation has no ResNeSt config of {cfg.model.decode_head.type} on this data set')
-    depth, depths = cfg.model.backbone.depth, MODELS.get('mmseg.ResNeSt').arch_settings
-    if depth not in depths:
-        raise ValueError(f"mmsegmentation's ResNeSt has no depth {depth}, but {', '.join(map(str, depths))}")
     theirs = Config.fromfile(found[0])
     theirs.model.pretrained = None
-    theirs.model.backbone = mmseg_backbone(depth)
+    theirs.model.backbone = mmseg_backbone(cfg.model.backbone.depth)
     theirs.model.data_preprocessor.size = cfg.model.data_preprocessor.size
     return theirs
 
 
 def mmseg_backbone(depth: int) -> dict:
-    """Returns the config of mmsegmentation's ResNeSt at output stride 8, as its model zoo has it for depth 101."""
+    """Returns the config of mmsegmentation's ResNeSt at output stride 8, as its model zoo has it for depth 101.
+
+    Raises:
+        ValueError: It has no such depth.
+    """
+    depths = MODELS.get('mmseg.ResNeSt').arch_settings
+    if depth not in depths:
+        raise ValueError(f"mmsegmentation's ResNeSt has no depth {depth}, but {', '.join(map(str, depths))}")
     return dict(
         type='mmseg.ResNeSt', depth=depth, stem_channels=64 if depth == 50 else 128, radix=2, reduction_factor=4,
         avg_down_stride=True, num_stages=4, out_indices=(0, 1, 2, 3), dilations=(1, 1, 2, 4), strides=(1, 2, 1, 1),
