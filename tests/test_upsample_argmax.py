@@ -229,6 +229,20 @@ def test_bands_and_segments_give_the_same(monkeypatch):
     assert torch.allclose(confidence, truth[1], atol=1e-6)
 
 
+def test_rows_are_not_shared_among_threads(monkeypatch):
+    """They would wait for each other at every row, on a busy machine 16 times longer than they compute."""
+    module = sys.modules[upsample_argmax.__module__]
+    monkeypatch.setattr(module, '_decide', lambda z, *_: (torch.full((len(z),), torch.get_num_threads()), None))
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        labels, _ = upsample_argmax(torch.zeros(1, 5, 4, 4), Placement((8, 8)), impl='torch')
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert (labels == 1).all()
+
+
 @pytest.mark.parametrize(
     ('change', 'message'),
     [

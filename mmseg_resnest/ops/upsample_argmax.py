@@ -1,11 +1,12 @@
 """Bilinear upsampling of logits fused with their argmax: full-resolution logits are never stored."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
-from mmseg_resnest.ops.placement import FLIPS, Placement, label_type, place, row_taps
+from mmseg_resnest.ops.placement import FLIPS, Placement, Taps, label_type, place, row_taps
 
 IMPLEMENTATIONS = ('triton', 'torch', 'exact')
 BAND = 128  # rows of pixels for which the plain path holds the logits of their width
@@ -80,13 +81,6 @@ def _check(logits: Tensor, placement: Placement, threshold: float | None, impl: 
         )
 
 
-def _along_width(height: int, placement: Placement) -> Placement:
-    """Returns the part of a placement that acts along rows of logits."""
-    (_, width), via = placement.size, placement.via and (height, placement.via[1])
-    flip = placement.flip if placement.flip == 'horizontal' else None
-    return Placement((height, width), via, (*placement.padding[:2], 0, 0), flip, placement.align_corners)
-
-
 def _in_bands(
     logits: Tensor, placement: Placement, threshold: float | None, confidence: bool
 ) -> tuple[Tensor, Tensor | None]:
@@ -97,33 +91,51 @@ def _in_bands(
     """
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     logits = logits.detach().to(dtype)
-    height = placement.size[0]
+    taps = row_taps(logits.shape[2], placement, dtype, logits.device)
     labels = torch.empty(len(logits), *placement.size, dtype=label_type(logits.shape[1]))
     sureness = torch.empty(labels.shape, dtype=dtype) if confidence else None
     for n, image in enumerate(logits):
-        for start in range(0, height, BAND):
-            for y, columns, z in _rows(image, placement, range(start, min(start + BAND, height))):
-                labels[n, y, columns], sure = _decide(z, threshold, confidence)
-                if confidence:
-                    sureness[n, y, columns] = sure
+        for start in range(0, placement.size[0], BAND):
+            index, weight = (part[start : start + BAND] for part in taps)
+            first = int(index.min())
+            wide = _along_width(image[:, first : int(index.max()) + 1], placement)
+            with _one_thread():
+                for y, columns, z in _rows(wide, Taps(index - first, weight)):
+                    labels[n, start + y, columns], sure = _decide(z, threshold, confidence)
+                    if confidence:
+                        sureness[n, start + y, columns] = sure
     return labels, sureness
 
 
-def _rows(image: Tensor, placement: Placement, rows: range) -> Iterator[tuple[int, slice, Tensor]]:
+def _along_width(image: Tensor, placement: Placement) -> Tensor:
+    """Maps rows of logits (C, rows, w) to (rows, W, C): the part of a placement that acts along them."""
+    height = image.shape[1]
+    (_, width), via = placement.size, placement.via and (height, placement.via[1])
+    flip = placement.flip if placement.flip == 'horizontal' else None
+    along = Placement((height, width), via, (*placement.padding[:2], 0, 0), flip, placement.align_corners)
+    wide = place(image[None].contiguous(memory_format=torch.channels_last), along)
+    return wide.permute(0, 2, 3, 1)[0].contiguous()
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Keeps torch from sharing a row among threads: no faster, and on a busy machine they wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _rows(wide: Tensor, taps: Taps) -> Iterator[tuple[int, slice, Tensor]]:
     """Yields the logits (columns, C) of rows of pixels, segment by segment; the next overwrites them."""
-    channels, height, _ = image.shape
-    taps = row_taps(height, placement, image.dtype, image.device)
-    first, last = int(taps.index[rows.start : rows.stop].min()), int(taps.index[rows.start : rows.stop].max()) + 1
-    wide = place(
-        image[None, :, first:last].contiguous(memory_format=torch.channels_last), _along_width(last - first, placement)
-    )
-    wide = wide.permute(0, 2, 3, 1)[0].contiguous()  # (rows of logits, W, C)
+    _, width, channels = wide.shape
     step = max(SEGMENT // channels, 1)
-    buffer = torch.empty(step * channels, dtype=image.dtype)
-    for y in rows:
-        indices, weights = (taps.index[y] - first).tolist(), taps.weight[y].tolist()
-        for start in range(0, wide.shape[1], step):
-            columns = slice(start, min(start + step, wide.shape[1]))
+    buffer = wide.new_empty(step * channels)
+    for y, (indices, weights) in enumerate(zip(taps.index.tolist(), taps.weight.tolist(), strict=True)):
+        for start in range(0, width, step):
+            columns = slice(start, min(start + step, width))
             z = buffer[: (columns.stop - start) * channels].view(-1, channels)
             # From the last tap to the first, with fused multiply-adds: torch's own bits, with two taps.
             torch.mul(wide[indices[-1], columns], weights[-1], out=z)
