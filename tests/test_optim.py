@@ -202,6 +202,62 @@ def test_steps_after_ones_own_backward_are_those_of_the_stock_wrapper(dtype):
     assert_same_parameters(*networks, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize(
+    ('optimizer', 'options'),
+    [
+        (torch.optim.SGD, dict(lr=0.1, momentum=0.9, fused=True)),
+        (torch.optim.AdamW, dict(lr=0.01, betas=[0.9, 0.99])),  # as from a config
+    ],
+)
+def test_groups_of_the_same_options_step_together(optimizer, options, monkeypatch):
+    sides = []
+    for wrapper in (OptimWrapper, AutocastOptimWrapper):
+        torch.manual_seed(0)
+        network = Network()
+        groups = [dict(params=[p], weight_decay=0.1 * (p.ndim > 1)) for p in network.parameters()]
+        sides.append((network, wrapper(optimizer=optimizer(groups, **options))))
+    (theirs, stock), (network, wrapper) = sides
+    train(theirs, stock, batches(3))
+    seen = []
+    initialise = optimizer._init_group
+    monkeypatch.setattr(
+        optimizer, '_init_group', lambda self, group, *args: (seen.append(group), initialise(self, group, *args))[1]
+    )
+    train(network, wrapper, batches(3))
+    assert [len(group['params']) for group in seen] == [2, 2] * 3  # weights, biases
+    assert_same_parameters(network, theirs, rtol=0, atol=0)
+    assert [len(group['params']) for group in wrapper.optimizer.param_groups] == [1] * 4
+    states = [side.state_dict() for side in (wrapper, stock)]
+    assert states[0]['param_groups'] == states[1]['param_groups']
+    assert all(str(states[0]['state'][i]) == str(states[1]['state'][i]) for i in range(4))
+
+
+class KeepsInGroups(torch.optim.SGD):
+    """An optimiser of another library that counts in its groups."""
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            group['steps'] = group.get('steps', 0) + 1
+        return super().step(closure)
+
+
+def test_optimisers_of_other_libraries_see_their_own_groups():
+    network = Network()
+    wrapper = AutocastOptimWrapper(optimizer=KeepsInGroups([dict(params=[p]) for p in network.parameters()], lr=0.1))
+    train(network, wrapper, batches(2))
+    assert [group['steps'] for group in wrapper.optimizer.param_groups] == [2] * 4
+
+
+def test_groups_are_put_back_after_an_error(monkeypatch):
+    network, wrapper = make(groups=4)
+    groups = wrapper.optimizer.param_groups
+    monkeypatch.setattr(torch.optim.SGD, '_init_group', lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train(network, wrapper, batches(1))
+    assert wrapper.optimizer.param_groups is groups
+    assert len(groups) == 4
+
+
 def test_unknown_dtype():
     with pytest.raises(ValueError) as error:
         make(dtype='fp16')
