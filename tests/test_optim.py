@@ -5,7 +5,8 @@ import math
 
 import pytest
 import torch
-from mmengine.optim import OptimWrapper
+from mmengine.config import ConfigDict
+from mmengine.optim import OptimWrapper, build_optim_wrapper
 from torch import nn
 
 from mmseg_resnest.optim import AutocastOptimWrapper
@@ -230,6 +231,18 @@ def test_groups_of_the_same_options_step_together(optimizer, options, monkeypatc
     states = [side.state_dict() for side in (wrapper, stock)]
     assert states[0]['param_groups'] == states[1]['param_groups']
     assert all(str(states[0]['state'][i]) == str(states[1]['state'][i]) for i in range(4))
+
+
+def test_groups_that_a_runner_makes_are_plain_dicts():
+    optimizer = dict(type='SGD', lr=0.1, momentum=0.9)
+    cfg = ConfigDict(
+        type='mmseg_resnest.AutocastOptimWrapper',
+        optimizer=optimizer,
+        paramwise_cfg=dict(custom_keys=dict(second=dict(lr_mult=10.0))),
+    )
+    groups = build_optim_wrapper(Network(), cfg).optimizer.param_groups
+    assert [type(group) for group in groups] == [dict] * 4
+    assert [group['lr'] for group in groups] == [0.1, 0.1, 1.0, 1.0]
 
 
 class KeepsInGroups(torch.optim.SGD):
