@@ -13,6 +13,7 @@ from pathlib import Path
 from mmengine.config import Config, DictAction
 from mmengine.runner import Runner
 
+from mmseg_resnest import launch
 from mmseg_resnest.checkpoints import guarded_loading
 from mmseg_resnest.datasets import set_data_root
 
@@ -71,16 +72,22 @@ def run(command: Callable[[argparse.Namespace], None], parser: argparse.Argument
     """
     args = parser.parse_args()
     _import_quietly()
+    code = 0
     try:
         with guarded_loading(getattr(args, 'allow_pickle', False)):
             command(args)
+    except SystemExit as stop:  # by a signal
+        code = stop.code or 0
     except Exception as error:
         if args.debug:
             traceback.print_exc()
         else:
             hint = '' if isinstance(error, UsageError) else '\n(--debug shows where this happened.)'
             print(f'{parser.prog}: error: {_message(error)}{hint}', file=sys.stderr)
-        sys.exit(2 if isinstance(error, UsageError) else 1)
+        code = 2 if isinstance(error, UsageError) else 1
+    launch.end(code)
+    if code:
+        sys.exit(code)
 
 
 def _import_quietly() -> None:

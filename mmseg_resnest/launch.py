@@ -1,7 +1,9 @@
 """How the processes of a run find one another: plain ``python``, ``torchrun`` or ``srun``, on GPUs or CPUs."""
 
+import atexit
 import os
 import subprocess
+import sys
 import time
 import uuid
 from datetime import timedelta
@@ -47,6 +49,19 @@ def set_launcher(cfg: Config) -> None:
         cfg.model_wrapper_cfg = dict(type='MMDistributedDataParallel', device_ids=None, broadcast_buffers=False)
     if not torch.distributed.is_initialized():
         _start_process_group(**(cfg.get('env_cfg') or {}).get('dist_cfg', {}))
+
+
+def end(code: int) -> None:
+    """Ends this process if it is one of several; what waits for the end (``atexit``) has its turn.
+
+    The interpreter's own end is not safe there: gloo's threads abort it now and then, where they are the last to hold a
+    tensor (pytorch/pytorch#190489), and with NCCL it may wait for CUDA graphs of collectives (pytorch/pytorch#115388).
+    """
+    if torch.distributed.is_initialized():
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 def _start_process_group(backend: str = 'nccl', timeout: float = 1800) -> None:

@@ -97,6 +97,7 @@ class SignalHook(Hook):
         for watch in (hook for hook in runner.hooks if isinstance(hook, WatchHook)):
             watch.after_train(runner)
         self.after_train(runner)
+        runner.call_hook('after_run')  # closes what shows the run
         raise SystemExit(128 + number)
 
     def _agreed(self, runner: Runner) -> int:

@@ -184,6 +184,7 @@ def agree(rank, folders, answers):
     except ValueError as error:
         answer = str(error)
     answers.put((rank, answer))
+    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize(

@@ -181,6 +181,7 @@ for convert in (SyncBatchNorm.convert, nn.SyncBatchNorm.convert_sync_batchnorm, 
     found = ' '.join(['answer', str(runner.world_size), type(runner.model.backbone.bn1).__name__, answer])
     sys.stdout.write(chr(10) + found + chr(10))  # at once: two processes write
     sys.stdout.flush()
+torch.distributed.destroy_process_group()
 """
 
 
@@ -679,6 +680,7 @@ for action in ('stop', 'skip'):
     kept = all(torch.equal(value, after[key]) for key, value in poison.states[2].items())
     weights = torch.cat([p.detach().flatten() for p in runner.model.parameters()]).double().sum().item()
     Path(action + str(rank)).write_text(chr(10).join([answer, str(kept), repr(weights)]))
+torch.distributed.destroy_process_group()
 """
 
 

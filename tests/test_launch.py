@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -79,6 +80,34 @@ def test_one_process_of_torchrun_on_a_cpu(monkeypatch):
             torch.distributed.destroy_process_group()
     assert (cfg.launcher, cfg.sync_bn) == ('pytorch', 'mmseg_resnest.SyncBN')
     assert cfg.model_wrapper_cfg == dict(type='MMDistributedDataParallel', device_ids=None, broadcast_buffers=False)
+
+
+ENDING = """
+import atexit, os, sys
+import torch.distributed
+from mmseg_resnest import launch
+
+class Threads:  # as gloo's, which abort the interpreter's end
+    def __del__(self):
+        os.abort()
+
+threads = Threads()
+atexit.register(print, 'cleaned up')
+if sys.argv[1] == 'one of several':
+    torch.distributed.init_process_group('gloo', 'file://' + sys.argv[2], rank=0, world_size=1)
+print('told')
+launch.end(3)
+print('goes on')
+"""
+
+
+@pytest.mark.parametrize(
+    ('process', 'code', 'printed'),
+    [('one of several', 3, 'told\ncleaned up\n'), ('alone', -signal.SIGABRT, 'told\ngoes on\ncleaned up\n')],
+)
+def test_a_process_of_several_ends_past_the_interpreters_end(process, code, printed, tmp_path):
+    done = subprocess.run([sys.executable, '-c', ENDING, process, str(tmp_path / 'store')], capture_output=True)
+    assert (done.returncode, done.stdout.decode()) == (code, printed)
 
 
 def exported(variables) -> dict[str, str]:
@@ -306,6 +335,7 @@ def one_of_two(rank, port, folder):
         wrapped = MMDistributedDataParallel(build_frozen(average_valid), device_ids=None, broadcast_buffers=False)
         found = losses_and_gradients(wrapped, [2 * rank, 2 * rank + 1])
         torch.save(found, f'{folder}/{average_valid}_{rank}.pt')
+    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.slow

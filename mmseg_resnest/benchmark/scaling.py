@@ -18,6 +18,7 @@ from mmengine.optim import build_optim_wrapper
 from mmengine.registry import init_default_scope
 from mmseg.registry import MODELS
 
+from mmseg_resnest import launch
 from mmseg_resnest.benchmark.alone import fields, hand_over, run_alone
 from mmseg_resnest.benchmark.training import make_batch, time_steps
 from mmseg_resnest.norm import SyncBatchNorm
@@ -86,7 +87,8 @@ def _work(rank: int, spec: Spec, folder: str) -> None:
         step()
     (Path(folder) / f'{rank}.json').write_text(json.dumps(time_steps(step, len(batch['inputs']), spec.steps)))
     if spec.processes > 1:
-        dist.destroy_process_group()
+        dist.barrier()
+        launch.end(0)
 
 
 if __name__ == '__main__':
