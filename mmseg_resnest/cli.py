@@ -72,22 +72,25 @@ def run(command: Callable[[argparse.Namespace], None], parser: argparse.Argument
     """
     args = parser.parse_args()
     _import_quietly()
-    code = 0
+    try:
+        _carry_out(command, args, parser.prog)
+    except SystemExit as stop:  # an error, or a signal
+        launch.end(stop.code or 0)
+        raise
+    launch.end(0)
+
+
+def _carry_out(command: Callable[[argparse.Namespace], None], args: argparse.Namespace, prog: str) -> None:
     try:
         with guarded_loading(getattr(args, 'allow_pickle', False)):
             command(args)
-    except SystemExit as stop:  # by a signal
-        code = stop.code or 0
     except Exception as error:
         if args.debug:
             traceback.print_exc()
         else:
             hint = '' if isinstance(error, UsageError) else '\n(--debug shows where this happened.)'
-            print(f'{parser.prog}: error: {_message(error)}{hint}', file=sys.stderr)
-        code = 2 if isinstance(error, UsageError) else 1
-    launch.end(code)
-    if code:
-        sys.exit(code)
+            print(f'{prog}: error: {_message(error)}{hint}', file=sys.stderr)
+        sys.exit(2 if isinstance(error, UsageError) else 1)
 
 
 def _import_quietly() -> None:

@@ -257,7 +257,7 @@ def test_a_command_loads_safely_unless_it_is_told_otherwise(words, monkeypatch, 
     assert 'may then run ANY CODE AS YOU' in ' '.join(parser.format_help().split())
 
 
-@pytest.mark.parametrize('error', [KeyboardInterrupt(), SystemExit(5)])
+@pytest.mark.parametrize('error', [KeyboardInterrupt(), SystemExit(5), SystemExit(0), SystemExit('why')])
 def test_a_wish_to_stop_is_no_error(error, monkeypatch):
     monkeypatch.setattr(sys, 'argv', ['tools/tool.py', 'c.py'])
     with pytest.raises(type(error)):
