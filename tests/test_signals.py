@@ -11,7 +11,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from mmengine.hooks import Hook
 from test_checkpointing import wait_for
+from test_hooks import config_runner
 from tiny import CAMVID, ENVIRONMENT, OPTIONS, ROOT, Tool, run_tool, write_data_set
 from torch.utils.data import DataLoader
 
@@ -198,6 +200,26 @@ def test_the_thread_ends_with_the_run_though_a_worker_is_left():
     finally:
         os.kill(worker, signal.SIGKILL)
         os.waitpid(worker, 0)
+
+
+class Stopping(Hook):
+    """Has the process asked to stop in its first iteration; remembers when what shows the run is closed."""
+
+    def __init__(self):
+        self.closed = []
+
+    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+        close = runner.visualizer.close
+        runner.visualizer.close = lambda: (self.closed.append(runner.iter), close())
+        runner.optim_wrapper.agreed_signal = signal.SIGTERM
+
+
+def test_a_run_that_is_stopped_closes_what_shows_it(data, tmp_path):
+    hook = Stopping()
+    with pytest.raises(SystemExit) as stop:
+        config_runner(tmp_path, data, hooks=[hook]).train()
+    assert stop.value.code == 143
+    assert hook.closed == [0]
 
 
 # ------------------------------------------------------------------------------------------------------ two processes

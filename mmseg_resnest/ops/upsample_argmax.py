@@ -119,7 +119,7 @@ def _along_width(image: Tensor, placement: Placement) -> Tensor:
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Keeps torch from sharing a row among threads: no faster, and on a busy machine they wait for each other."""
+    """Keeps torch from sharing a row among threads: hardly faster, and on a busy machine they wait for each other."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
