@@ -144,7 +144,7 @@ def softmax_kernel(
     highests,  # (N, H, K, G) float32: the highest logit of a pixel
     log_sum_exp,  # (N, H, K, G) float32, base 2, less the highest and log2 of the pixel's weight; inf where ignored
     targets,  # (N, H, K, G) int16, -1 where ignored
-    sums,  # (4, programs) float32
+    sums,  # (4, programs) float64
     total,  # N * H * G
     C,
     h,
@@ -232,8 +232,9 @@ def softmax_kernel(
         tl.store(targets + place, tl.where(known, label, -1).to(tl.int16), mask=inside)
     programs = tl.num_programs(0)
     at = sums + tl.program_id(0)
-    tl.store(at, tl.sum(loss))
-    tl.store(at + programs, tl.sum(weight))
+    # A program has up to 1,024 pixels: in float32 the last additions would each round by 3e-8 of the sum.
+    tl.store(at, tl.sum(loss.to(tl.float64)))
+    tl.store(at + programs, tl.sum(weight.to(tl.float64)))
     tl.store(at + 2 * programs, tl.sum(right_ones))
     tl.store(at + 3 * programs, tl.sum(valid.to(tl.float32)))
 
@@ -364,7 +365,7 @@ def sums_and_gradient(
     log_sum_exp = torch.empty(stored, dtype=torch.float32, device=logits.device)
     highests = torch.empty(stored, dtype=torch.float32, device=logits.device)
     targets = torch.empty(stored, dtype=torch.int16, device=logits.device)
-    sums = torch.empty((4, programs), dtype=torch.float32, device=logits.device)
+    sums = torch.empty((4, programs), dtype=torch.float64, device=logits.device)
     with torch.cuda.device_of(logits):
         softmax_kernel[(programs,)](
             logits, labels, weight, *groups[:4], rows.top, rows.weight, highests, log_sum_exp, targets, sums,
@@ -372,7 +373,7 @@ def sums_and_gradient(
             SMOOTH=label_smoothing > 0, GRADIENT=needs_gradient, K=K, BLOCK=BLOCK, num_warps=BLOCK // 32,
             **SOFTMAX_OPTIONS,
         )  # fmt: skip
-    sums = tuple(sums.double().sum(1).unbind())
+    sums = tuple(sums.sum(1).unbind())
     if not needs_gradient:
         return sums, None
     shares = torch.empty((2, N, C, h, G), dtype=torch.float32, device=logits.device)
