@@ -69,7 +69,7 @@ def test_plain_python_changes_nothing_but_the_launcher():
 def test_one_process_of_torchrun_on_a_cpu(monkeypatch):
     """The process group is there, and the config asks for what works without GPUs."""
     port = str(free_port())
-    cfg = Config(dict(sync_bn='torch'))
+    cfg = Config(dict(sync_bn='torch', find_unused_parameters=True))
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
     with environment(TORCHRUN | dict(RANK='0', LOCAL_RANK='0', WORLD_SIZE='1', MASTER_PORT=port)):
         try:
@@ -79,7 +79,9 @@ def test_one_process_of_torchrun_on_a_cpu(monkeypatch):
         finally:
             torch.distributed.destroy_process_group()
     assert (cfg.launcher, cfg.sync_bn) == ('pytorch', 'mmseg_resnest.SyncBN')
-    assert cfg.model_wrapper_cfg == dict(type='MMDistributedDataParallel', device_ids=None, broadcast_buffers=False)
+    assert cfg.model_wrapper_cfg == dict(
+        type='MMDistributedDataParallel', device_ids=None, find_unused_parameters=True, **launch.PARALLEL
+    )
 
 
 ENDING = """

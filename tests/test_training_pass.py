@@ -11,7 +11,7 @@ from torch._dynamo.utils import counters
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from mmseg_resnest import training_pass
+from mmseg_resnest import launch, training_pass
 from mmseg_resnest.resnest import ResNeSt
 from mmseg_resnest.training_pass import Capture, TrainingGraphs, _stand_ins, _untouched_buffers
 
@@ -187,13 +187,14 @@ class Graphed(nn.Module):
 
 
 @pytest.mark.gpu
-def test_under_distributed_data_parallel(tmp_path):
+@pytest.mark.parametrize('options', [{}, launch.PARALLEL], ids=['plain', 'as runs have it'])
+def test_under_distributed_data_parallel(options, tmp_path):
     """Which ties the parameters to the stream that it is made on."""
     store = torch.distributed.FileStore(str(tmp_path / 'store'))
     torch.distributed.init_process_group('gloo', store=store, rank=0, world_size=1)
     try:
         plain, graphed = make_small(), make_small()
-        parallel = DistributedDataParallel(Graphed(graphed), device_ids=[torch.cuda.current_device()])
+        parallel = DistributedDataParallel(Graphed(graphed), device_ids=[torch.cuda.current_device()], **options)
         for images in batches(3):
             plain.zero_grad()
             graphed.zero_grad()

@@ -76,7 +76,7 @@ def _work(rank: int, spec: Spec, folder: str) -> None:
     model = MODELS.build(cfg.model)
     model = (SyncBatchNorm.convert(model) if spec.side == 'sync_bn' else model).to(device).train()
     if spec.processes > 1:
-        model = MMDistributedDataParallel(model, device_ids=[rank] if gpus else None, broadcast_buffers=False)
+        model = MMDistributedDataParallel(model, device_ids=[rank] if gpus else None, **launch.PARALLEL)
     optim_wrapper = build_optim_wrapper(model, cfg.optim_wrapper)
     batch = make_batch(cfg, device)
 
