@@ -10,6 +10,7 @@ from mmengine.logging import print_log
 from torch import Tensor, nn
 
 from mmseg_resnest.fold import fold_batch_norms
+from mmseg_resnest.inference import cudnn_search
 from mmseg_resnest.optim import DTYPES
 from mmseg_resnest.segmentor import EncoderDecoder, has_plain_predict
 
@@ -102,6 +103,12 @@ class GraphedBySize:
 
     def __call__(self, images: Tensor) -> Tensor:
         """Maps images (N, 3, H, W) to logits of their own memory."""
+        # Who waits minutes for a size to be compiled gets the fastest algorithms too: from its first run on, for cuDNN
+        # keeps what it took first.
+        with cudnn_search(enabled=self.compiled is not None):
+            return self._run(images)
+
+    def _run(self, images: Tensor) -> Tensor:
         size = images.shape
         self._seen[size] += 1
         if size in self._graphs:

@@ -12,7 +12,7 @@ from mmseg.structures import SegDataSample
 from mmseg.utils import OptSampleList, SampleList, add_prefix
 from torch import Tensor, nn
 
-from mmseg_resnest.inference import finish, placement_of, slide
+from mmseg_resnest.inference import cudnn_search, finish, placement_of, slide
 from mmseg_resnest.ops import upsample_cross_entropy
 from mmseg_resnest.registry import MODELS
 from mmseg_resnest.resnest import ResNeSt
@@ -162,7 +162,8 @@ class EncoderDecoder(_EncoderDecoder):
             The samples with ``pred_sem_seg`` (1, H, W), uint8 for up to 256 classes, and ``seg_logits`` (C, H, W).
         """
         if not has_plain_predict(self.decode_head):
-            return super().predict(inputs, data_samples)
+            with cudnn_search(enabled=False):
+                return super().predict(inputs, data_samples)
         samples = [SegDataSample() for _ in inputs] if data_samples is None else data_samples
         if self.test_cfg.get('mode', 'whole') == 'slide':
             via = inputs.shape[2:]
@@ -177,8 +178,9 @@ class EncoderDecoder(_EncoderDecoder):
         return samples
 
     def low_resolution_logits(self, inputs: Tensor) -> Tensor:
-        """Maps images (N, 3, H, W) to the decode head's logits (N, C, h, w)."""
-        return self._forward(inputs) if self.network is None else self.network(inputs)
+        """Maps images (N, 3, H, W) to the decode head's logits (N, C, h, w); cuDNN does not search."""
+        with cudnn_search(enabled=False):
+            return self._forward(inputs) if self.network is None else self.network(inputs)
 
     def slide_inference(self, inputs: Tensor, batch_img_metas: list[dict]) -> Tensor:
         """Returns the logits (N, C, H, W) of images, averaged over windows that the network gets in batches."""

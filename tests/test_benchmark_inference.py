@@ -2,11 +2,13 @@
 
 import sys
 
+import cv2
 import pytest
 from tiny import ROOT
 
 from mmseg_resnest.benchmark.inference import (
     ADE_SIZES,
+    DIFFERENT,
     ROWS,
     Row,
     Spec,
@@ -15,6 +17,7 @@ from mmseg_resnest.benchmark.inference import (
     measure,
     measure_alone,
     sizes_of,
+    write_data_set,
 )
 
 CONFIG = str(ROOT / 'configs' / 'pspnet_resnest50_ade20k.py')
@@ -46,6 +49,15 @@ def test_the_mix_of_sizes():
     assert 400 < sizes.count((683, 512)) < 500
     assert sizes_of(Spec('test', 'ours', CONFIG, (1024, 2048), repeats=2)) == [(2048, 1024)] * 2
     assert len({(row.name, row.against) for row in ROWS}) == len(ROWS)
+
+
+def test_generated_images_of_a_size_are_links_to_some_of_it(tmp_path):
+    write_data_set(tmp_path, [(40, 24), (24, 40)] * 20, classes=5)
+    assert len(list(tmp_path.glob('images/*.jpg'))) == 40
+    for folder in ('images', 'annotations'):
+        files = sorted(tmp_path.glob(f'{folder}/*'))
+        assert len({file.stat().st_ino for file in files}) == 2 * DIFFERENT
+        assert [cv2.imread(str(file)).shape[:2] for file in files] == [(24, 40), (40, 24)] * 20
 
 
 def test_without_smp_the_error_says_how_to_get_it(monkeypatch):

@@ -20,6 +20,7 @@ from tiny import ENVIRONMENT, ROOT, run_tool
 
 import mmseg_resnest.network
 from mmseg_resnest import demo
+from mmseg_resnest.inference import cudnn_search
 from mmseg_resnest.network import DTYPES, GraphedBySize, Speed, speed_up
 
 CONFIG = ROOT / 'configs' / 'pspnet_resnest14_demo.py'
@@ -119,6 +120,15 @@ def test_sizes_that_repeat_are_captured(monkeypatch):
         assert network(torch.zeros(1, 3, side, side)).unique().tolist() == [1]
     # 2 was captured first, compiled; 3 and 4 were too many to compile; for 4 the oldest went, and 2 came back
     assert captured == [(2, True), (3, False), (4, False), (2, True)]
+
+
+@pytest.mark.parametrize('compiles', [False, True])
+def test_what_is_compiled_is_searched_for_algorithms_from_its_first_run_on(compiles):
+    searches = []
+    network = GraphedBySize(lambda images: searches.append(torch.backends.cudnn.benchmark), compiles)
+    with cudnn_search(enabled=False):
+        network(torch.zeros(1, 3, 8, 8))
+    assert searches == [compiles]
 
 
 @pytest.mark.gpu

@@ -275,3 +275,19 @@ def test_predicts_as_mmsegmentation():
         expected, found = (model.eval().predict(inputs) for model in (theirs, ours))
     for a, b in zip(expected, found, strict=True):
         assert torch.equal(a.pred_sem_seg.data, b.pred_sem_seg.data)
+
+
+@pytest.mark.parametrize('head', ['fcn', 'one that predicts by itself'])
+@torch.no_grad()
+def test_prediction_does_not_search_for_algorithms(head, monkeypatch):
+    """Which would take seconds for each size; training goes on as it was."""
+    _, model = make_pair(make_config('fcn', dict(type='CrossEntropyLoss'), None))
+    if head != 'fcn':
+        predict = type(model.decode_head).predict
+        monkeypatch.setattr(type(model.decode_head), 'predict', lambda *args: predict(*args))
+    searches = []
+    model.backbone.register_forward_hook(lambda *_: searches.append(torch.backends.cudnn.benchmark))
+    monkeypatch.setattr(torch.backends.cudnn, 'benchmark', True)
+    model.eval().predict(make_batch()[0])
+    assert searches == [False]
+    assert torch.backends.cudnn.benchmark

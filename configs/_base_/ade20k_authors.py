@@ -36,7 +36,7 @@ train_dataloader = dict(
 val_dataloader = dict(
     batch_size=8,  # at most; images of one size
     batch_sampler=dict(type='mmseg_resnest.EqualSizeBatchSampler'),
-    num_workers=4,
+    num_workers=8,
     persistent_workers=True,
     sampler=dict(type='DefaultSampler', shuffle=False),
     dataset=dict(

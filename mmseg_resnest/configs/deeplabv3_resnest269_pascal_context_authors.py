@@ -145,7 +145,7 @@ test_dataloader = dict(
         ],
         reduce_zero_label=True,
         type='PascalContextDataset59'),
-    num_workers=4,
+    num_workers=8,
     persistent_workers=True,
     sampler=dict(shuffle=False, type='DefaultSampler'))
 test_evaluator = dict(
@@ -246,7 +246,7 @@ val_dataloader = dict(
         ],
         reduce_zero_label=True,
         type='PascalContextDataset59'),
-    num_workers=4,
+    num_workers=8,
     persistent_workers=True,
     sampler=dict(shuffle=False, type='DefaultSampler'))
 val_evaluator = dict(

@@ -147,7 +147,7 @@ test_dataloader = dict(
             dict(type='PackSegInputs'),
         ],
         type='CityscapesDataset'),
-    num_workers=4,
+    num_workers=8,
     persistent_workers=True,
     sampler=dict(shuffle=False, type='DefaultSampler'))
 test_evaluator = dict(
@@ -268,7 +268,7 @@ val_dataloader = dict(
             dict(type='PackSegInputs'),
         ],
         type='CityscapesDataset'),
-    num_workers=4,
+    num_workers=8,
     persistent_workers=True,
     sampler=dict(shuffle=False, type='DefaultSampler'))
 val_evaluator = dict(

@@ -134,7 +134,7 @@ test_dataloader = dict(
         ],
         reduce_zero_label=True,
         type='ADE20KDataset'),
-    num_workers=4,
+    num_workers=8,
     persistent_workers=True,
     sampler=dict(shuffle=False, type='DefaultSampler'))
 test_evaluator = dict(
@@ -259,7 +259,7 @@ val_dataloader = dict(
         ],
         reduce_zero_label=True,
         type='ADE20KDataset'),
-    num_workers=4,
+    num_workers=8,
     persistent_workers=True,
     sampler=dict(shuffle=False, type='DefaultSampler'))
 val_evaluator = dict(

@@ -278,7 +278,7 @@ test_dataloader = dict(
         ],
         seg_map_suffix='.png',
         type='BaseSegDataset'),
-    num_workers=4,
+    num_workers=8,
     persistent_workers=True,
     sampler=dict(shuffle=False, type='DefaultSampler'))
 test_evaluator = dict(
@@ -521,7 +521,7 @@ val_dataloader = dict(
         ],
         seg_map_suffix='.png',
         type='BaseSegDataset'),
-    num_workers=4,
+    num_workers=8,
     persistent_workers=True,
     sampler=dict(shuffle=False, type='DefaultSampler'))
 val_evaluator = dict(
