@@ -45,7 +45,8 @@ def write_whole(path: str | Path, content: bytes | memoryview) -> None:
             partial.unlink()
         raise OSError(
             f'{path}: {len(content)} bytes could not be written ({error.strerror}). What was saved before is whole: '
-            'free some space, or name another place with --work-dir, and go on with --resume'
+            'free some space and go on with --resume, or name another place with --work-dir and there the last '
+            'checkpoint of this one with --resume PATH'
         ) from error
     _sync_folder(path.parent)
 
@@ -242,7 +243,8 @@ def _evaluated(runner: Runner) -> int | None:
 def newest_checkpoint(work_dir: str | Path) -> tuple[Path | None, list[str]]:
     """Finds the checkpoint that was saved last among those of a work dir that are whole.
 
-    That is the one that ``last_checkpoint`` names; where it is not whole, the one of the highest iteration. Looked at
+    That is the one that ``last_checkpoint`` names, and those of higher iterations, as of a run that has gone back to an
+    earlier one, are told; where it is not whole, the one of the highest iteration. Looked at
     are ``iter_N.pth``, ``epoch_N.pth`` and names that are the one in ``last_checkpoint`` but for the numbers, in the
     work dir and in that one's folder.
 
@@ -264,10 +266,11 @@ def newest_checkpoint(work_dir: str | Path) -> tuple[Path | None, list[str]]:
             found.append((path == last, read_meta(path)['iter'], path.stat().st_mtime, path))
         except (ValueError, OSError) as error:
             skipped.append(str(error))
-    for *_, path in sorted(found, reverse=True):
+    for named, iteration, _, path in sorted(found, reverse=True):
         try:
             check_sums(path)
-            return path, skipped
+            later = [other for _, i, _, other in found if named and i > iteration]
+            return path, skipped + [f'{other}: later than {path.name}, which {LAST} names' for other in later]
         except (ValueError, OSError) as error:
             skipped.append(str(error))
     advice = 'Name another one with --resume PATH, or move'

@@ -158,11 +158,16 @@ def check_sums(path: str | Path) -> None:
         if not zipfile.is_zipfile(path):
             return  # torch.load will say what it is: before torch 1.6 checkpoints were no zip files
         with zipfile.ZipFile(path) as file:
-            damaged = file.testzip()
+            damaged = file.testzip() or _marked_as_folder(file)
     except Exception as error:
         raise ValueError(f'{path}: a damaged checkpoint ({error}). Get it again.') from error
     if damaged:
-        raise ValueError(f'{path}: a damaged checkpoint: the checksum of {damaged} is wrong. Get it again.')
+        raise ValueError(f'{path}: a damaged checkpoint: the checksum or the kind of {damaged} is wrong. Get it again.')
+
+
+def _marked_as_folder(file: zipfile.ZipFile) -> str | None:
+    """Returns the first member with DOS's mark of a folder, whose content torch.load leaves unread without a word."""
+    return next((member.filename for member in file.infolist() if member.external_attr & 0x10), None)
 
 
 def _read_safetensors(path: str | Path, map_location: str) -> dict[str, Tensor]:

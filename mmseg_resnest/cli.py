@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import difflib
+import errno
 import inspect
 import re
 import sys
@@ -104,6 +105,8 @@ def _message(error: Exception) -> str:
     text = str(error).strip()
     if 'Original Traceback' in text:  # from a worker of a data loader: its last line is the message
         return re.sub('^(ValueError|FileNotFoundError): ', '', text.splitlines()[-1])
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC and not error.filename:
+        text += '. Free some space in the work dir and for temporary files, or take other folders: --work-dir, TMPDIR'
     name = '' if isinstance(error, UsageError | ValueError | FileNotFoundError) else f'{type(error).__name__}: '
     return name + (text or type(error).__name__)
 

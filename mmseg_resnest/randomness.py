@@ -73,7 +73,8 @@ class RandomnessHook(Hook):
             return
         loader, numbered = runner.train_dataloader, self._numbered
         numbered.epoch, numbered.next = runner.epoch, runner.epoch * len(numbered.sampler)
-        numbered.skip((runner.iter - runner.epoch * len(loader)) * loader.batch_size)
+        seen = (runner.iter - runner.epoch * len(loader)) * loader.batch_size
+        numbered.skip(min(seen, len(numbered.sampler)))  # the last batch may be smaller
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
         """Seeds what the step draws: dropout."""

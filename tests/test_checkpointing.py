@@ -61,15 +61,22 @@ def flip_key(content):
     return content.replace(b'\x04\x00\x00\x00iter', b'\x04\x00\x00\x00itez', 1)
 
 
+def flip_kind(content):
+    """In a zip file's directory, the bit of a member's attributes that says it is a folder."""
+    member = content.rfind(b'PK\1\2', 0, content.rfind(b'/data/0'))
+    return content[: member + 38] + bytes([content[member + 38] ^ 0x10]) + content[member + 39 :]
+
+
 @pytest.mark.parametrize(
     ('damage', 'reason'),
     [
         (flip, 'iter_3.pth'),
+        (flip_kind, 'the kind of'),
         (flip_key, 'no whole numbers iter and epoch'),
         (lambda content: content[:1000], '1000 bytes'),
         (lambda _: b'', '0 bytes'),
     ],
-    ids=['a flipped bit', 'a flipped bit of a key', 'cut off', 'empty'],
+    ids=['a flipped bit', 'a flipped bit of the directory', 'a flipped bit of a key', 'cut off', 'empty'],
 )
 def test_a_damaged_one_is_skipped_and_named(damage, reason, saved):
     path = saved / 'iter_3.pth'
@@ -134,7 +141,8 @@ def test_the_last_one_of_a_run_that_went_back_is_taken(saved):
         content['meta']['time'] = f'2026010{9 - iteration}_000000'  # the clock has gone back
         torch.save(content, saved / f'iter_{iteration}.pth')
     (saved / 'last_checkpoint').write_text('iter_2.pth')
-    assert newest_checkpoint(saved)[0].name == 'iter_2.pth'
+    told = f'{saved / "iter_3.pth"}: later than iter_2.pth, which last_checkpoint names'
+    assert newest_checkpoint(saved) == (saved / 'iter_2.pth', [told])
     (saved / 'iter_2.pth').write_bytes(b'')
     assert newest_checkpoint(saved)[0].name == 'iter_3.pth'
 

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import errno
 import sys
 from pathlib import Path
 
@@ -209,6 +210,9 @@ ZeroDivisionError: division by zero
 WORKER_VALUE = WORKER.replace('ZeroDivisionError: division by zero', 'ValueError: bad sample: image a.jpg: b')
 
 
+SPACE = 'Free some space in the work dir and for temporary files, or take other folders: --work-dir, TMPDIR'
+
+
 @pytest.mark.parametrize(
     ('error', 'code', 'printed'),
     [
@@ -216,6 +220,8 @@ WORKER_VALUE = WORKER.replace('ZeroDivisionError: division by zero', 'ValueError
         (ValueError('depth=18'), 1, f'tool.py: error: depth=18\n{HINT}'),
         (FileNotFoundError('no weights'), 1, f'tool.py: error: no weights\n{HINT}'),
         (KeyError('model'), 1, f"tool.py: error: KeyError: 'model'\n{HINT}"),
+        (OSError(errno.ENOSPC, 'full'), 1, f'tool.py: error: OSError: [Errno 28] full. {SPACE}\n{HINT}'),
+        (OSError(errno.ENOSPC, 'full', 'a.pth'), 1, f"tool.py: error: OSError: [Errno 28] full: 'a.pth'\n{HINT}"),
         (RuntimeError('two\nlines\n'), 1, f'tool.py: error: RuntimeError: two\nlines\n{HINT}'),
         (AssertionError(), 1, f'tool.py: error: AssertionError: AssertionError\n{HINT}'),
         (ValueError(WORKER_VALUE), 1, f'tool.py: error: bad sample: image a.jpg: b\n{HINT}'),

@@ -66,22 +66,34 @@ def test_plain_python_changes_nothing_but_the_launcher():
     assert not torch.distributed.is_initialized()
 
 
-def test_one_process_of_torchrun_on_a_cpu(monkeypatch):
-    """The process group is there, and the config asks for what works without GPUs."""
-    port = str(free_port())
-    cfg = Config(dict(sync_bn='torch', find_unused_parameters=True))
+def in_one_process_of_torchrun(cfg, monkeypatch):
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
-    with environment(TORCHRUN | dict(RANK='0', LOCAL_RANK='0', WORLD_SIZE='1', MASTER_PORT=port)):
+    variables = TORCHRUN | dict(RANK='0', LOCAL_RANK='0', WORLD_SIZE='1', MASTER_PORT=str(free_port()))
+    with environment(variables):
         try:
             launch.set_launcher(cfg)
             assert torch.distributed.get_backend() == 'gloo'
             assert torch.distributed.get_world_size() == 1
         finally:
             torch.distributed.destroy_process_group()
+    return cfg
+
+
+def test_one_process_of_torchrun_on_a_cpu(monkeypatch):
+    """The process group is there, and the config asks for what works without GPUs."""
+    cfg = in_one_process_of_torchrun(Config(dict(sync_bn='torch', find_unused_parameters=True)), monkeypatch)
     assert (cfg.launcher, cfg.sync_bn) == ('pytorch', 'mmseg_resnest.SyncBN')
     assert cfg.model_wrapper_cfg == dict(
         type='MMDistributedDataParallel', device_ids=None, find_unused_parameters=True, **launch.PARALLEL
     )
+
+
+def test_a_wrapper_of_the_configs_own_keeps_its_options(monkeypatch):
+    cfg = Config(dict(model_wrapper_cfg=dict(find_unused_parameters=True, bucket_cap_mb=1)))
+    found = in_one_process_of_torchrun(cfg, monkeypatch).model_wrapper_cfg
+    assert (found.find_unused_parameters, found.bucket_cap_mb, found.device_ids) == (True, 1, None)
+    other = dict(type='MMSeparateDistributedDataParallel')
+    assert in_one_process_of_torchrun(Config(dict(model_wrapper_cfg=other)), monkeypatch).model_wrapper_cfg == other
 
 
 ENDING = """

@@ -103,6 +103,23 @@ def test_an_epoch_that_was_broken_off_goes_on_with_its_next_batch(data, tmp_path
     assert_equal(tmp_path / 'r' / 'iter_6.pth', tmp_path / 'w' / 'iter_6.pth')
 
 
+@pytest.mark.parametrize('drop_last', [False, True])
+def test_an_epoch_that_was_saved_after_its_last_batch_is_over(drop_last, data, tmp_path):
+    """Batches of four: two an epoch, the second of two images, or one; the rates go down from epoch to epoch."""
+
+    def edit(cfg):
+        by_epoch(cfg)
+        cfg.train_dataloader.batch_size, cfg.train_dataloader.drop_last = 4, drop_last
+        cfg.param_scheduler = [dict(type='ExponentialLR', gamma=0.5, by_epoch=True)]
+
+    batches = 1 if drop_last else 2
+    train(tmp_path / 'w', data, 0, edit=edit)
+    train(tmp_path / 'r', data, 0, *resumed_from(tmp_path / 'w' / f'iter_{batches}.pth'), edit=edit)
+    names = sorted(path.name for path in (tmp_path / 'r').glob('iter_*.pth'))
+    assert names == [f'iter_{i}.pth' for i in range(batches + 1, 2 * batches + 1)]
+    assert_equal(tmp_path / 'r' / names[-1], tmp_path / 'w' / names[-1])
+
+
 class Shuffled(torch.utils.data.Sampler):
     """A sampler that neither skips nor is told the epoch, as somebody's own."""
 
