@@ -8,6 +8,7 @@ import zlib
 from collections import deque
 from logging import WARNING
 from pathlib import Path, PurePath
+from uuid import uuid4
 
 from mmengine.dist import all_gather_object, broadcast_object_list, is_main_process
 from mmengine.fileio import LocalBackend, register_backend
@@ -89,6 +90,11 @@ class CheckpointHook(_CheckpointHook):
         if self.backend_args is None and self.file_client_args is None and '://' not in str(self.out_dir):
             self.backend_args = dict(backend=BACKEND)
         self._noted: int | None = None  # what the newest file says is evaluated
+        self._save: dict = {}  # which of the run's saves it is; of one iteration all are one
+
+    def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        """Notes which save the run goes on from."""
+        self._save = dict(id=_save_of(checkpoint.get('meta') or {}).get('id'))
 
     def before_train(self, runner: Runner) -> None:
         """Clears away what a killed run was writing, and finds the best one where the work dir is now."""
@@ -190,13 +196,15 @@ class CheckpointHook(_CheckpointHook):
                 f'{name} is saved between two steps, without the gradients that have accumulated: a resume from it is '
                 f'not exact. Save and evaluate at multiples of accumulative_counts={counts}'
             )
+        if self._save.get('iter') != meta['iter']:
+            self._save = dict(id=uuid4().hex, after=self._save.get('id'), iter=meta['iter'])
         runner.save_checkpoint(
             self.out_dir,
             name,
             self.file_client_args,
             save_optimizer=self.save_optimizer,
             save_param_scheduler=self.save_param_scheduler,
-            meta=meta,
+            meta=dict(meta, save=self._save),
             by_epoch=self.by_epoch,
             backend_args=self.backend_args,
             **self.args,
@@ -240,13 +248,19 @@ def _evaluated(runner: Runner) -> int | None:
     return runner.message_hub.runtime_info.get('evaluated')
 
 
+def _save_of(meta: dict) -> dict:
+    """Returns a save's ``id``, and that of the one ``after`` which the run made it; MMEngine's checkpoints have none."""
+    save = meta.get('save')
+    return save if isinstance(save, dict) else {}
+
+
 def newest_checkpoint(work_dir: str | Path) -> tuple[Path | None, list[str]]:
     """Finds the checkpoint that was saved last among those of a work dir that are whole.
 
-    That is the one that ``last_checkpoint`` names, and those of higher iterations, as of a run that has gone back to an
-    earlier one, are told; where it is not whole, the one of the highest iteration. Looked at
-    are ``iter_N.pth``, ``epoch_N.pth`` and names that are the one in ``last_checkpoint`` but for the numbers, in the
-    work dir and in that one's folder.
+    That is the one that ``last_checkpoint`` names, or the next save, if the run was killed before it was named. Others
+    of later iterations, as of a run that has gone back to an earlier one, are told. Where it is not whole, it is the
+    one of the highest iteration. Looked at are ``iter_N.pth``, ``epoch_N.pth`` and names that are the one in
+    ``last_checkpoint`` but for the numbers, in the work dir and in that one's folder.
 
     Args:
         work_dir: The folder; ``last_checkpoint`` in it may be MMEngine's own, with the path as the run had it.
@@ -259,20 +273,29 @@ def newest_checkpoint(work_dir: str | Path) -> tuple[Path | None, list[str]]:
     """
     work_dir = Path(work_dir)
     last = _last_saved(work_dir)
-    skipped, found = [], []
+    skipped, metas = [], {}
     for path in _candidates(work_dir, last):
         try:
-            # Not by the clock, which may go back. By last_checkpoint, since a run may have gone back to an earlier one.
-            found.append((path == last, read_meta(path)['iter'], path.stat().st_mtime, path))
+            metas[path] = read_meta(path) | dict(mtime=path.stat().st_mtime)
         except (ValueError, OSError) as error:
             skipped.append(str(error))
-    for named, iteration, _, path in sorted(found, reverse=True):
+    # Not by the clock, which may go back. By last_checkpoint, since a run may have gone back to an earlier one.
+    save = _save_of(metas.get(last, {}))
+    named = {last, *(path for path, meta in metas.items() if save and _save_of(meta).get('after') == save['id'])}
+
+    def order(path: Path) -> tuple:
+        return path in named, metas[path]['iter'], metas[path]['mtime']
+
+    while metas:
+        path = max(metas, key=order)
+        meta = metas.pop(path)
         try:
             check_sums(path)
-            later = [other for _, i, _, other in found if named and i > iteration]
-            return path, skipped + [f'{other}: later than {path.name}, which {LAST} names' for other in later]
         except (ValueError, OSError) as error:
             skipped.append(str(error))
+            continue
+        later = [other for other in metas if path in named and metas[other]['iter'] > meta['iter']]
+        return path, skipped + [f'{other}: later than {path.name}, which the run saved last' for other in later]
     advice = 'Name another one with --resume PATH, or move'
     if skipped:
         listed = ''.join(f'\n  {reason}' for reason in skipped)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from mmengine.hooks import CheckpointHook as StockHook
 from mmengine.hooks import Hook
-from mmengine.runner import find_latest_checkpoint
+from mmengine.runner import Runner, find_latest_checkpoint
 from test_hooks import Classifier, Stem, make_runner
 
 from mmseg_resnest.checkpointing import PARTIAL, CheckpointHook, agreed_checkpoint, newest_checkpoint, write_whole
@@ -140,11 +140,24 @@ def test_the_last_one_of_a_run_that_went_back_is_taken(saved):
         content = torch.load(saved / f'iter_{iteration}.pth', weights_only=False)
         content['meta']['time'] = f'2026010{9 - iteration}_000000'  # the clock has gone back
         torch.save(content, saved / f'iter_{iteration}.pth')
-    (saved / 'last_checkpoint').write_text('iter_2.pth')
-    told = f'{saved / "iter_3.pth"}: later than iter_2.pth, which last_checkpoint names'
+    runner = run(saved, 2, max_keep_ckpts=3)
+    runner.load_or_resume = lambda: Runner.resume(runner, str(saved / 'iter_1.pth'))
+    runner.train()
+    assert (saved / 'last_checkpoint').read_text() == 'iter_2.pth'
+    told = f'{saved / "iter_3.pth"}: later than iter_2.pth, which the run saved last'
     assert newest_checkpoint(saved) == (saved / 'iter_2.pth', [told])
     (saved / 'iter_2.pth').write_bytes(b'')
     assert newest_checkpoint(saved)[0].name == 'iter_3.pth'
+
+
+def test_one_that_was_saved_and_not_yet_named_is_the_newest(saved):
+    """As by a kill between the two; damaged, it is not."""
+    (saved / 'last_checkpoint').write_text('iter_2.pth')
+    assert newest_checkpoint(saved) == (saved / 'iter_3.pth', [])
+    (saved / 'iter_3.pth').write_bytes(flip((saved / 'iter_3.pth').read_bytes()))
+    newest, (reason,) = newest_checkpoint(saved)
+    assert newest == saved / 'iter_2.pth'
+    assert 'iter_3.pth: a damaged checkpoint' in reason
 
 
 def test_other_names_and_folders_are_found_though_the_last_one_is_gone(tmp_path):
