@@ -249,7 +249,7 @@ def _evaluated(runner: Runner) -> int | None:
 
 
 def _save_of(meta: dict) -> dict:
-    """Returns a save's ``id``, and that of the one ``after`` which the run made it; MMEngine's checkpoints have none."""
+    """Returns a save's ``id``, and that of the one ``after`` which the run made it; MMEngine's own have none."""
     save = meta.get('save')
     return save if isinstance(save, dict) else {}
 
