@@ -99,8 +99,9 @@ class CheckpointHook(_CheckpointHook):
     def before_train(self, runner: Runner) -> None:
         """Clears away what a killed run was writing, and finds the best one where the work dir is now."""
         if self._goes_on_from_elsewhere(runner):  # whose numbers name other files here
-            for name in ('keep_ckpt_ids', 'outdated_best'):
-                runner.message_hub.runtime_info.pop(name, None)
+            for name in list(runner.message_hub.runtime_info):
+                if name in ('keep_ckpt_ids', 'outdated_best') or name.startswith(('best_ckpt', 'best_score')):
+                    runner.message_hub.runtime_info.pop(name)
         super().before_train(runner)
         keys = self.key_indicators if self.save_best else []
         suffixes = {key: '' if len(keys) == 1 else f'_{key}' for key in keys}
@@ -123,6 +124,9 @@ class CheckpointHook(_CheckpointHook):
         resumed = self.file_backend.join_path(self.out_dir, self.filename_tmpl.format(runner.iter))
         if self._by_iteration(runner) and self.file_backend.isfile(resumed):
             self.last_ckpt = resumed
+        named = _last_saved(Path(runner.work_dir))
+        if runner._resume and runner._load_from and named not in (None, Path(runner._load_from).resolve()):
+            self._save_again(runner)
 
     def before_train_epoch(self, runner: Runner) -> None:
         """Evaluates first where the checkpoint was to be evaluated and was not: the run ended in between."""
@@ -142,6 +146,20 @@ class CheckpointHook(_CheckpointHook):
         saved = Path(self.last_ckpt or '').name == self.filename_tmpl.format(runner.iter)
         if saved and self._by_iteration(runner) and self._noted != runner.iter:
             self._save_checkpoint_with_step(runner, runner.iter, dict(epoch=runner.epoch, iter=runner.iter))
+
+    def _save_again(self, runner: Runner) -> None:
+        """Saves what the run goes on from as its newest: killed before the next save, it goes on from there again."""
+        meta = dict(epoch=runner.epoch, iter=runner.iter)
+        if self._by_iteration(runner):
+            self._save_checkpoint_with_step(runner, runner.iter, meta)
+        else:
+            self._write_between(runner, meta)
+
+    def _write_between(self, runner: Runner, meta: dict) -> None:
+        """Writes a checkpoint within an epoch: beside those of the epochs, and not one of those to keep."""
+        name = f'iter_{meta["iter"]}.pth'
+        self.last_ckpt = self.file_backend.join_path(self.out_dir, name)
+        self._write(runner, name, meta)
 
     def _goes_on_from_elsewhere(self, runner: Runner) -> bool:
         own = work_dir = Path(runner.work_dir).resolve()
@@ -163,11 +181,9 @@ class CheckpointHook(_CheckpointHook):
 
     def save_between(self, runner: Runner) -> str:
         """Saves after the current iteration, unless that has been done; returns the file."""
-        name = f'iter_{runner.iter + 1}.pth'
-        saved = Path(self.last_ckpt or '').name == name
-        if not saved and self.by_epoch:  # within an epoch: beside those of the epochs, and not one of those to keep
-            self.last_ckpt = self.file_backend.join_path(self.out_dir, name)
-            self._write(runner, name, dict(epoch=runner.epoch, iter=runner.iter + 1))
+        saved = Path(self.last_ckpt or '').name == f'iter_{runner.iter + 1}.pth'
+        if not saved and self.by_epoch:
+            self._write_between(runner, dict(epoch=runner.epoch, iter=runner.iter + 1))
         elif not saved:
             self._save_checkpoint(runner)
         return self.last_ckpt
@@ -210,7 +226,9 @@ class CheckpointHook(_CheckpointHook):
             **self.args,
         )
         if is_main_process():
-            last = self.last_ckpt if '://' in self.last_ckpt else os.path.relpath(self.last_ckpt, runner.work_dir)
+            last = self.last_ckpt
+            if '://' not in last:  # real paths, since .. leads out of what a link leads to
+                last = os.path.relpath(os.path.realpath(last), os.path.realpath(runner.work_dir))
             write_whole(Path(runner.work_dir) / LAST, last.encode())
 
     def _save_best_checkpoint(self, runner: Runner, metrics: dict) -> None:

@@ -8,6 +8,7 @@ import random
 from collections.abc import Iterator
 from functools import partial
 from itertools import islice
+from logging import WARNING
 from typing import Any
 
 import numpy as np
@@ -55,6 +56,8 @@ class RandomnessHook(Hook):
         """Numbers the samples of the data loader, before it starts its workers."""
         loader = runner.train_dataloader
         self._numbered = None
+        # Whether the first epoch is one that the run goes on with.
+        self._broken_off = _by_epoch(runner) and _has_epochs_as_before(runner)
         if type(loader.batch_sampler) is not BatchSampler:
             print_log('A sampler of whole batches: augmentation will not go on exactly after a resume', 'current')
             return
@@ -68,13 +71,16 @@ class RandomnessHook(Hook):
         loader.dataset.__getitems__ = partial(_seeded_items, loader.dataset, runner.seed)
 
     def before_train_epoch(self, runner: Runner) -> None:
-        """Lets an epoch of an epoch-based run begin where it was broken off."""
+        """Lets the first epoch of an epoch-based run begin where it was broken off."""
         if self._numbered is None or hasattr(self._numbered.sampler, 'skip') or not _by_epoch(runner):
             return
         loader, numbered = runner.train_dataloader, self._numbered
         numbered.epoch, numbered.next = runner.epoch, runner.epoch * len(numbered.sampler)
-        seen = (runner.iter - runner.epoch * len(loader)) * loader.batch_size
-        numbered.skip(min(seen, len(numbered.sampler)))  # the last batch may be smaller
+        done = runner.iter - runner.epoch * len(loader) if self._broken_off else 0
+        self._broken_off = False
+        if not 0 <= done <= len(loader):  # of MMEngine's own, which does not tell how many batches an epoch had
+            done = 0
+        numbered.skip(min(done * loader.batch_size, len(numbered.sampler)))  # the last batch may be smaller
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
         """Seeds what the step draws: dropout."""
@@ -83,6 +89,16 @@ class RandomnessHook(Hook):
 
 def _by_epoch(runner: Runner) -> bool:
     return hasattr(runner.train_loop, 'run_epoch')
+
+
+def _has_epochs_as_before(runner: Runner) -> bool:
+    """Whether epochs have as many batches as before the resume, by which their beginnings are known; says it if not."""
+    batches, before = len(runner.train_dataloader), runner.message_hub.runtime_info.get('batches')
+    runner.message_hub.update_info('batches', batches)
+    if before not in (None, batches):
+        print_log(f'Epochs have {batches} batches and had {before}: the next one is a whole one', 'current', WARNING)
+        return False
+    return True
 
 
 class _Numbered(Sampler):

@@ -13,7 +13,7 @@ import pytest
 import torch
 from mmengine.hooks import CheckpointHook as StockHook
 from mmengine.hooks import Hook
-from mmengine.runner import Runner, find_latest_checkpoint
+from mmengine.runner import find_latest_checkpoint
 from test_hooks import Classifier, Stem, make_runner
 
 from mmseg_resnest.checkpointing import PARTIAL, CheckpointHook, agreed_checkpoint, newest_checkpoint, write_whole
@@ -134,15 +134,34 @@ def test_a_copy_of_a_stock_work_dir_goes_on_by_itself(absolute, tmp_path, monkey
     assert newest_checkpoint('copy') == (tmp_path / 'copy' / 'iter_2.pth', [])
 
 
+def go_on_from(checkpoint, iterations):
+    runner = run(checkpoint.parent, iterations, max_keep_ckpts=3)
+    runner._resume, runner._load_from = True, str(checkpoint)
+    runner.train()
+
+
+def test_a_run_that_went_back_and_was_killed_before_it_saved_goes_on_from_there(saved):
+    """And what was saved after it, in the branch that was left, is told."""
+    go_on_from(saved / 'iter_1.pth', 1)  # no iteration is left
+    told = [f'{saved / f"iter_{i}.pth"}: later than iter_1.pth, which the run saved last' for i in (2, 3)]
+    assert newest_checkpoint(saved) == (saved / 'iter_1.pth', told)
+    assert read_checkpoint(saved / 'iter_1.pth')['meta']['iter'] == 1
+
+
+def test_a_work_dir_that_is_a_link_and_checkpoints_elsewhere(tmp_path):
+    (tmp_path / 'far' / 'away' / 'w').mkdir(parents=True)
+    (tmp_path / 'w').symlink_to(tmp_path / 'far' / 'away' / 'w')
+    run(tmp_path / 'w', 1, out_dir=str(tmp_path / 'elsewhere')).train()
+    assert agreed_checkpoint(tmp_path / 'w') == (tmp_path / 'elsewhere' / 'w' / 'iter_1.pth', [])
+
+
 def test_the_last_one_of_a_run_that_went_back_is_taken(saved):
     """Iteration 2 is saved once more; where that is damaged, the highest is the newest, whatever the clocks said."""
     for iteration in (1, 2, 3):
         content = torch.load(saved / f'iter_{iteration}.pth', weights_only=False)
         content['meta']['time'] = f'2026010{9 - iteration}_000000'  # the clock has gone back
         torch.save(content, saved / f'iter_{iteration}.pth')
-    runner = run(saved, 2, max_keep_ckpts=3)
-    runner.load_or_resume = lambda: Runner.resume(runner, str(saved / 'iter_1.pth'))
-    runner.train()
+    go_on_from(saved / 'iter_1.pth', 2)
     assert (saved / 'last_checkpoint').read_text() == 'iter_2.pth'
     told = f'{saved / "iter_3.pth"}: later than iter_2.pth, which the run saved last'
     assert newest_checkpoint(saved) == (saved / 'iter_2.pth', [told])

@@ -120,6 +120,27 @@ def test_an_epoch_that_was_saved_after_its_last_batch_is_over(drop_last, data, t
     assert_equal(tmp_path / 'r' / names[-1], tmp_path / 'w' / names[-1])
 
 
+@pytest.mark.parametrize('told', [True, False], ids=['ours', "MMEngine's"])
+@pytest.mark.parametrize('epoch', [0, 1], ids=['within the first', 'between the two'])
+def test_epochs_of_fewer_batches_than_the_run_had_are_whole(epoch, told, data, tmp_path):
+    """Of three batches, resumed after them with batches that hold four of six images: two batches an epoch are left."""
+
+    def edit(cfg):
+        by_epoch(cfg)
+        cfg.train_dataloader.batch_size = 4
+
+    train(tmp_path / 'w', data, 0, edit=by_epoch)
+    checkpoint = torch.load(tmp_path / 'w' / 'iter_3.pth', weights_only=False)
+    checkpoint['meta']['epoch'] = epoch
+    if not told:
+        checkpoint['meta']['iter'] = 9
+        checkpoint['message_hub']['runtime_info'].pop('batches')
+    torch.save(checkpoint, tmp_path / 'three.pth')
+    runner = config_runner(tmp_path / 'r', data, *resumed_from(tmp_path / 'three.pth'), edit=edit)
+    runner.train()
+    assert (runner.epoch, runner.iter - checkpoint['meta']['iter']) == (2, 4 - 2 * epoch)
+
+
 class Shuffled(torch.utils.data.Sampler):
     """A sampler that neither skips nor is told the epoch, as somebody's own."""
 
