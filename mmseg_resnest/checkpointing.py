@@ -126,7 +126,7 @@ class CheckpointHook(_CheckpointHook):
             self.last_ckpt = resumed
         named = _last_saved(Path(runner.work_dir))
         if runner._resume and runner._load_from and named not in (None, Path(runner._load_from).resolve()):
-            self._save_again(runner)
+            self._save_again(runner)  # as its newest: killed before the next save, it goes on from there again
 
     def before_train_epoch(self, runner: Runner) -> None:
         """Evaluates first where the checkpoint was to be evaluated and was not: the run ended in between."""
@@ -145,10 +145,10 @@ class CheckpointHook(_CheckpointHook):
         super().after_val_epoch(runner, metrics)
         saved = Path(self.last_ckpt or '').name == self.filename_tmpl.format(runner.iter)
         if saved and self._by_iteration(runner) and self._noted != runner.iter:
-            self._save_checkpoint_with_step(runner, runner.iter, dict(epoch=runner.epoch, iter=runner.iter))
+            self._save_again(runner)
 
     def _save_again(self, runner: Runner) -> None:
-        """Saves what the run goes on from as its newest: killed before the next save, it goes on from there again."""
+        """Saves the run where it is, between two iterations."""
         meta = dict(epoch=runner.epoch, iter=runner.iter)
         if self._by_iteration(runner):
             self._save_checkpoint_with_step(runner, runner.iter, meta)

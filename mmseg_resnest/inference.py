@@ -18,7 +18,7 @@ WINDOWS = 8  # that the network gets at a time
 def cudnn_search(enabled: bool) -> Iterator[None]:
     """Has cuDNN try its algorithms for each new size of images, or take those that it thinks best.
 
-    Trying them takes seconds a size, 6 to 11 for ResNeSt-101 in float16 and batches of eight on an H200: more than a
+    Trying them takes seconds a size, 7 to 10 for ResNeSt-101 in float16 and batches of eight on an H200: more than a
     data set of many sizes can win back.
     """
     before = torch.backends.cudnn.benchmark

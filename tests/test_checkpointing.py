@@ -390,6 +390,21 @@ def test_going_on_from_another_run_deletes_nothing_here(tmp_path):
     assert (tmp_path / 'other/iter_2.pth').exists()
 
 
+def test_going_on_from_another_run_leaves_the_best_one_here(tmp_path):
+    """Whose best has the same name, and a score of its own."""
+    for name in ('other', 'mine'):
+        run_with_best(tmp_path / name, 2, 'images/count', 3)
+    best = tmp_path / 'mine' / 'best_images_count_iter_2.pth'
+    before = best.read_bytes()
+    hook = CheckpointHook(by_epoch=False, interval=1, save_best='images/count', rule='greater')
+    mine = run(tmp_path / 'mine', 3, hook)
+    mine._load_from, mine._resume, mine._val_loop = str(tmp_path / 'other/iter_2.pth'), True, None
+    mine.train()
+    assert hook.best_ckpt_path is None
+    hook._save_best_checkpoint(mine, {'images/count': 5})
+    assert best.read_bytes() == before
+
+
 def test_a_best_one_that_is_still_the_best_is_not_outdated(tmp_path, monkeypatch):
     """Of two figures one gets better, and the run ends before the best one before is removed."""
     best = ['images/count', 'rank']

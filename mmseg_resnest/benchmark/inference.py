@@ -132,7 +132,7 @@ def measure(spec: Spec) -> dict:
 
 
 def _searches(spec: Spec) -> bool:
-    """Whether cuDNN tries its algorithms, of peers: for each size it takes them longer than a mix of sizes is worth."""
+    """Whether cuDNN tries its algorithms for a peer, as is best for it: not where there are many sizes."""
     return spec.size is not None
 
 
@@ -273,10 +273,10 @@ def write_data_set(root: Path, sizes: list[tuple[int, int]], classes: int, suffi
     random = np.random.default_rng(0)
     for folder in ('images', 'annotations'):
         (root / folder).mkdir(parents=True, exist_ok=True)
+    names = [f'images/{{:05}}{suffix}', 'annotations/{:05}.png']
     files: dict[tuple[int, int], list[int]] = defaultdict(list)
     for i, (width, height) in enumerate(sizes):
         same = files[width, height]
-        names = [f'images/{{:05}}{suffix}', 'annotations/{:05}.png']
         if len(same) >= DIFFERENT:
             for name in names:
                 (root / name.format(i)).hardlink_to(root / name.format(same[i % DIFFERENT]))
