@@ -21,12 +21,13 @@ class DilatedConv2d(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         """Maps (N, C, H, W) to (N, O, H', W')."""
         if self._is_wide() and torch.compiler.is_compiling() and x.is_cuda and _in_half_precision(x):
-            return dilated_conv2d(x, self.weight, self.dilation[0])
+            out = dilated_conv2d(x, self.weight, self.dilation[0])
+            return out if self.bias is None else out + self.bias[:, None, None]
         return super().forward(x)
 
     def _is_wide(self) -> bool:
         dilation = self.dilation[0]
-        plain = (self.kernel_size, self.stride, self.groups, self.bias) == ((3, 3), (1, 1), 1, None)
+        plain = (self.kernel_size, self.stride, self.groups) == ((3, 3), (1, 1), 1)
         return plain and dilation >= WIDE and self.dilation == self.padding == (dilation, dilation)
 
 

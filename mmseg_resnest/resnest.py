@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mmseg_resnest.checkpoints import load_pretrained_backbone
 from mmseg_resnest.norm import batch_norm_parts
+from mmseg_resnest.ops import conv_relu
 from mmseg_resnest.registry import MODELS
 from mmseg_resnest.training_pass import call
 from mmseg_resnest.variants import ARCHITECTURES
@@ -109,18 +110,18 @@ class SplitAttentionConv2d(nn.Module):
     def _splits(self, x: Tensor | Sequence[Tensor]) -> Sequence[Tensor]:
         """Returns the splits U_r, each (B, C, H / stride, W / stride)."""
         conv = self.conv
+        folded = isinstance(self.bn0, nn.Identity)
+        run = conv_relu if folded else F.conv2d
+        steps = conv.stride, conv.padding, conv.dilation
         if not isinstance(x, Tensor):
             weights = conv.weight.chunk(self.radix)
-            biases = [None] * self.radix if conv.bias is None else conv.bias.chunk(self.radix)  # of a folded norm
-            steps = conv.stride, conv.padding, conv.dilation, self.groups
-            splits = [F.conv2d(*tensors, *steps) for tensors in zip(x, weights, biases, strict=True)]
-            return [self.relu(split) for split in batch_norm_parts(splits, self.bn0)]
+            biases = conv.bias.chunk(self.radix) if folded else [None] * self.radix
+            splits = [run(*tensors, *steps, self.groups) for tensors in zip(x, weights, biases, strict=True)]
+            return splits if folded else [self.relu(split) for split in batch_norm_parts(splits, self.bn0)]
         if self.execution_on(x.device) == 'dense':
-            weight = _without_groups(conv.weight, conv.groups)
-            x = F.conv2d(x, weight, conv.bias, conv.stride, conv.padding, conv.dilation)
-        else:
-            x = conv(x)
-        return self.relu(self.bn0(x)).chunk(self.radix, 1)
+            x = run(x, _without_groups(conv.weight, conv.groups), conv.bias, *steps)
+            return (x if folded else self.relu(self.bn0(x))).chunk(self.radix, 1)
+        return self.relu(self.bn0(conv(x))).chunk(self.radix, 1)
 
     def _normalise(self, attention: Tensor) -> Sequence[Tensor]:
         """Turns fc2's (B, K * R * C/K, 1, 1), which is cardinality-major, into R weights (B, C, 1, 1)."""
@@ -128,6 +129,14 @@ class SplitAttentionConv2d(nn.Module):
             return (attention.sigmoid(),)
         attention = attention.unflatten(1, (self.groups, self.radix, -1)).softmax(2)
         return [weight.flatten(1, 2) for weight in attention.unbind(2)]
+
+
+def _conv_norm_relu(x: Tensor, conv: nn.Conv2d, norm: nn.Module, shortcut: Tensor | None = None) -> Tensor:
+    """``relu(norm(conv(x)) + shortcut)``; in one kernel, where there is one, once the norm is folded."""
+    if isinstance(norm, nn.Identity):
+        return conv_relu(x, conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups, shortcut)
+    out = norm(conv(x))
+    return F.relu(out if shortcut is None else out + shortcut, inplace=True)
 
 
 def _without_groups(weight: Tensor, groups: int) -> Tensor:
@@ -196,19 +205,22 @@ class Bottleneck(nn.Module):
         return self._forward(x)
 
     def _forward(self, x: Tensor) -> Tensor:
-        out = self.conv1(x)
         if self.conv2.execution_on(x.device) == 'split':
-            parts = batch_norm_parts(out.chunk(self.conv2.radix, 1), self.bn1)
-            out = self.conv2([self._before_conv2(part) for part in parts])
+            out = self.conv2([self._before_conv2(part) for part in self._conv1_parts(x)])
         else:
-            out = self.conv2(self._before_conv2(self.bn1(out)))
+            out = self.conv2(self._before_conv2(_conv_norm_relu(x, self.conv1, self.bn1)))
         if self.avd_last is not None:
             out = self.avd_last(out)
-        out = self.bn3(self.conv3(out))
-        return self.relu(out + (x if self.downsample is None else self.downsample(x)))
+        shortcut = x if self.downsample is None else self.downsample(x)
+        return _conv_norm_relu(out, self.conv3, self.bn3, shortcut)
+
+    def _conv1_parts(self, x: Tensor) -> Sequence[Tensor]:
+        if isinstance(self.bn1, nn.Identity):
+            return _conv_norm_relu(x, self.conv1, self.bn1).chunk(self.conv2.radix, 1)
+        parts = batch_norm_parts(self.conv1(x).chunk(self.conv2.radix, 1), self.bn1)
+        return [self.relu(part) for part in parts]
 
     def _before_conv2(self, x: Tensor) -> Tensor:
-        x = self.relu(x)
         return x if self.avd_first is None else self.avd_first(x)
 
     def _checkpoint_contexts(self) -> tuple[AbstractContextManager, AbstractContextManager]:
