@@ -36,7 +36,7 @@ train_pipeline = [
 test_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='LoadAnnotations'),
-    dict(type='PackSegInputs'),
+    dict(type='mmseg_resnest.PackEvalInputs'),
 ]
 train_dataloader = dict(
     batch_size=4,

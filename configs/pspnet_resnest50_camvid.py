@@ -43,7 +43,7 @@ test_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='Resize', scale=(480, 360), keep_ratio=True),
     dict(type='LoadAnnotations'),
-    dict(type='PackSegInputs'),
+    dict(type='mmseg_resnest.PackEvalInputs'),
 ]
 train_dataloader = dict(
     batch_size=16,

@@ -16,6 +16,7 @@ from mmcv.transforms import Pad
 from mmengine.dataset import BaseDataset, Compose
 from mmengine.dist import all_gather_object, all_reduce, barrier
 from mmengine.hooks import Hook
+from mmengine.hooks import RuntimeInfoHook as _RuntimeInfoHook
 from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
 from mmseg.models.decode_heads.decode_head import BaseDecodeHead
@@ -30,6 +31,20 @@ from mmseg_resnest.optim import AutocastOptimWrapper, StepCheck
 from mmseg_resnest.registry import HOOKS
 from mmseg_resnest.steps import files_of, random_state, save_step
 from mmseg_resnest.transforms import CheckedCompose, expected_labels
+
+
+@HOOKS.register_module()
+class RuntimeInfoHook(_RuntimeInfoHook):
+    """MMEngine's RuntimeInfoHook, which takes seconds to format the config for checkpoints, only where a run trains."""
+
+    def before_run(self, runner: Runner) -> None:
+        """Leaves to ``before_train`` what MMEngine does here."""
+        self.last_loop_stage = None
+
+    def before_train(self, runner: Runner) -> None:
+        """Stores the config and the seed, and what MMEngine does here."""
+        super().before_run(runner)
+        super().before_train(runner)
 
 
 @HOOKS.register_module()

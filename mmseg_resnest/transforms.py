@@ -6,10 +6,15 @@ from typing import TypeVar
 
 import cv2
 import numpy as np
+import torch
+from mmcv.transforms import TestTimeAug as _TestTimeAug
 from mmcv.transforms.utils import cache_randomness
 from mmengine.dataset import Compose
+from mmengine.structures import PixelData
+from mmseg.datasets.transforms import PackSegInputs as _PackSegInputs
 from mmseg.datasets.transforms import PhotoMetricDistortion as _PhotoMetricDistortion
 from mmseg.datasets.transforms import RandomCrop as _RandomCrop
+from mmseg.structures import SegDataSample
 from torch import Tensor
 
 from mmseg_resnest.registry import TRANSFORMS
@@ -70,6 +75,50 @@ class PhotoMetricDistortion(_PhotoMetricDistortion):
         table = ((np.arange(256) + delta) % 180).astype(np.uint8)
         hsv[..., 0] = cv2.LUT(hsv[..., 0], table)
         return cv2.cvtColor(hsv, cv2.COLOR_HSV2BGR)
+
+
+@TRANSFORMS.register_module()
+class PackEvalInputs(_PackSegInputs):
+    """mmsegmentation's PackSegInputs for evaluation: a label map (H, W) stays uint8, an eighth of the bytes to move.
+
+    mmsegmentation makes it int64, which losses need. The image is the same, taken apart into channels by OpenCV.
+    """
+
+    def transform(self, results: dict) -> dict:
+        """Returns ``inputs`` (C, H, W) and ``data_samples``, with ``gt_sem_seg`` (1, H, W)."""
+        results = dict(results)
+        image, label = results['img'], results.get('gt_seg_map')
+        if image.ndim == 3:
+            planes = np.empty((image.shape[2], *image.shape[:2]), image.dtype)
+            cv2.split(image, list(planes))
+            results['img'] = planes.transpose(1, 2, 0)  # which PackSegInputs turns back, without a copy
+        if label is None or label.dtype != np.uint8 or label.ndim != 2:
+            return super().transform(results)
+        del results['gt_seg_map']
+        packed = super().transform(results)
+        _add_label(packed['data_samples'], label)
+        return packed
+
+
+@TRANSFORMS.register_module()
+class ImageTestTimeAug(_TestTimeAug):
+    """mmcv's TestTimeAug after LoadAnnotations: the label map stays as it is, with the first augmentation alone.
+
+    No other is read; mmsegmentation's pipelines load it anew for each.
+    """
+
+    def transform(self, results: dict) -> dict:
+        """Returns ``inputs`` and ``data_samples``, each a list of the augmentations'."""
+        label = results.get('gt_seg_map')
+        bare = {key: value for key, value in results.items() if key != 'gt_seg_map'} | dict(seg_fields=[])
+        augmented = super().transform(bare)
+        if label is not None:
+            _add_label(augmented['data_samples'][0], label)
+        return augmented
+
+
+def _add_label(sample: SegDataSample, label: np.ndarray) -> None:
+    sample.gt_sem_seg = PixelData(data=torch.from_numpy(np.ascontiguousarray(label[None])))
 
 
 class CheckedCompose(Compose):

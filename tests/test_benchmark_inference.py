@@ -1,5 +1,6 @@
 """mmseg_resnest.benchmark.inference, each task in a tiny size; its figures are for real machines."""
 
+import json
 import sys
 
 import cv2
@@ -12,6 +13,7 @@ from mmseg_resnest.benchmark.inference import (
     ROWS,
     Row,
     Spec,
+    _config,
     compare,
     line,
     measure,
@@ -69,3 +71,14 @@ def test_without_smp_the_error_says_how_to_get_it(monkeypatch):
 def test_a_side_that_fails_says_why():
     with pytest.raises(RuntimeError, match=r'(?s)mmseg: .*nowhere\.py'):
         measure_alone(Spec('test', 'mmseg', 'nowhere.py', (40, 56)))
+
+
+def test_their_side_has_the_label_of_each_augmentation_and_nothing_of_ours():
+    cfg = _config(Spec('tta', 'mmseg', CONFIG, None))
+    keys = ('model', 'tta_model', 'test_dataloader', 'test_evaluator', 'default_hooks', 'custom_hooks', 'tta_pipeline')
+    assert 'mmseg_resnest.' not in json.dumps([cfg.to_dict()[key] for key in keys])
+    load, augment = cfg.tta_pipeline
+    assert (load.type, augment.type) == ('LoadImageFromFile', 'TestTimeAug')
+    assert [len(choices) for choices in augment.transforms] == [6, 2, 1, 1]
+    assert [choices[0].type for choices in augment.transforms[2:]] == ['LoadAnnotations', 'PackSegInputs']
+    assert [step.type for step in cfg.test_dataloader.dataset.pipeline[2:]] == ['LoadAnnotations', 'PackSegInputs']

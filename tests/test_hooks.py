@@ -16,6 +16,7 @@ import torch
 from mmengine.config import Config
 from mmengine.evaluator import BaseMetric
 from mmengine.hooks import CheckpointHook, Hook
+from mmengine.hooks import RuntimeInfoHook as MMEngineRuntimeInfoHook
 from mmengine.logging import MMLogger
 from mmengine.model import BaseModel
 from mmengine.runner import Runner
@@ -838,3 +839,25 @@ def test_terminal_is_given_back_when_a_run_fails(tmp_path, terminal):
     assert terminal.progress('train')[-1] == (1, 5)
     assert 'RuntimeError: the step failed' in terminal.text
     assert terminal.shows_cursor
+
+
+def test_the_config_is_formatted_to_train_and_not_to_test(tmp_path, monkeypatch):
+    formatted = []
+
+    class Watched(Config):
+        @property
+        def pretty_text(self):
+            formatted.append(True)
+            return super().pretty_text
+
+    runner = make_runner(tmp_path, Classifier(Stem(), 4), [])
+    runner.hooks[:] = [hook for hook in runner.hooks if type(hook) is not MMEngineRuntimeInfoHook]
+    runner.register_hook(dict(type='mmseg_resnest.RuntimeInfoHook'))
+    runner.cfg = Watched(dict(a=1))
+    formatted.clear()
+    runner.test()
+    assert not formatted
+    runner.train()
+    assert formatted
+    assert runner.message_hub.get_info('cfg').strip() == 'a = 1'
+    assert runner.message_hub.get_info('seed') == runner.seed

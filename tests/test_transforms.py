@@ -5,6 +5,7 @@ import pickle
 import cv2
 import numpy as np
 import pytest
+import torch
 from mmengine.dataset import Compose
 from mmseg.datasets import BaseSegDataset
 from mmseg.datasets.transforms import PhotoMetricDistortion as MmsegPhotoMetricDistortion
@@ -307,3 +308,57 @@ def test_goes_to_another_process(data):
     pipeline = checked(make_data_set(data, TEST)).pipeline
     copy = pickle.loads(pickle.dumps(pipeline))
     assert (copy.classes, copy.ignore_index, len(copy.transforms)) == (CLASSES, 255, 4)
+
+
+@pytest.mark.parametrize('kind', [np.uint8, np.uint16])
+@pytest.mark.parametrize('channels', [3, 1, None])
+def test_pack_eval_inputs_packs_what_mmsegmentations_does(kind, channels):
+    """Also mirrored views, as RandomFlip makes them; a label map of uint8 keeps its dtype."""
+    random = np.random.default_rng(0)
+    shape = (20, 31) if channels is None else (20, 31, channels)
+    results = dict(img=random.integers(0, 256, shape, np.uint8)[:, ::-1], ori_shape=(20, 31), img_path='a.jpg')
+    results['gt_seg_map'] = random.integers(0, 200, (20, 31)).astype(kind)[:, ::-1]
+    kept = dict(results)
+    found, expected = (
+        TRANSFORMS.build(dict(type=t))(results) for t in ('mmseg_resnest.PackEvalInputs', 'PackSegInputs')
+    )
+    assert torch.equal(found['inputs'], expected['inputs'])
+    assert found['inputs'].is_contiguous()
+    ours, theirs = (packed['data_samples'] for packed in (found, expected))
+    assert ours.gt_sem_seg.data.dtype == (torch.uint8 if kind is np.uint8 else torch.int64)
+    assert torch.equal(ours.gt_sem_seg.data.long(), theirs.gt_sem_seg.data)
+    assert ours.metainfo == theirs.metainfo
+    assert all(results[key] is value for key, value in kept.items())
+    without = TRANSFORMS.build(dict(type='mmseg_resnest.PackEvalInputs'))(dict(img=results['img']))
+    assert 'gt_sem_seg' not in without['data_samples']
+
+
+def test_test_time_augmentation_makes_mmsegmentations_images(tmp_path):
+    """And its first label; the others' are not there."""
+    write_data_set(tmp_path)
+    choices = [
+        [dict(type='Resize', scale_factor=scale, keep_ratio=True) for scale in (0.5, 1.0, 1.75)],
+        [dict(type='RandomFlip', prob=probability, direction='horizontal') for probability in (0.0, 1.0)],
+    ]
+    load = dict(type='LoadAnnotations')
+    theirs = [*choices, [load], [dict(type='PackSegInputs')]]
+    ours = [*choices, [dict(type='mmseg_resnest.PackEvalInputs')]]
+    samples = []
+    for steps in (
+        [dict(type='TestTimeAug', transforms=theirs)],
+        [load, dict(type='mmseg_resnest.ImageTestTimeAug', transforms=ours)],
+    ):
+        pipeline = [dict(type='LoadImageFromFile'), *steps]
+        folders = dict(img_path='images/validation', seg_map_path='annotations/validation')
+        metainfo = dict(classes=[str(i) for i in range(CLASSES)])
+        options = dict(data_root=str(tmp_path), data_prefix=folders, metainfo=metainfo, img_suffix='.jpg')
+        samples.append(BaseSegDataset(**options, seg_map_suffix='.png', pipeline=pipeline)[0])
+    expected, found = samples
+    assert len(found['inputs']) == len(expected['inputs']) == 6
+    for a, b in zip(found['inputs'], expected['inputs'], strict=True):
+        assert torch.equal(a, b)
+    for a, b in zip(found['data_samples'], expected['data_samples'], strict=True):
+        assert a.metainfo == b.metainfo
+    labels = [sample.get('gt_sem_seg') for sample in found['data_samples']]
+    assert torch.equal(labels[0].data.long(), expected['data_samples'][0].gt_sem_seg.data)
+    assert labels[1:] == [None] * 5

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mmseg_resnest.benchmark.alone import fields, hand_over, run_alone
-from mmseg_resnest.benchmark.training import mmseg_backbone, smp_model
+from mmseg_resnest.benchmark.training import drop_hooks, mmseg_backbone, mmseg_pipeline, smp_model
 
 # Width and height -> share of a generated set: made up after ADE20K's validation images, mostly of short side 512.
 ADE_SIZES = {
@@ -82,7 +82,7 @@ ROWS = (
     Row('latency, batch 1, 1024x2048', 'latency', 'smp', (1024, 2048), 1.25, 1.4, 50),
     Row("test end to end, ADE20K's mix", 'test', 'mmseg', None, 4.0, 6.0, 2000),
     Row('test end to end, 1024x2048', 'test', 'mmseg', (1024, 2048), 2.5, 4.0, 500),
-    Row('TTA, six scales, flip, end to end', 'tta', 'mmseg', None, 3.0, 5.0, 100),
+    Row('TTA, six scales, flip, end to end', 'tta', 'mmseg', None, 3.0, 5.0, 300),
     Row('after the network, two cores, 512x683', 'after_network', 'mmseg', (512, 683), 3.0, 5.0, 7),
 )
 
@@ -167,6 +167,9 @@ def _config(spec: Spec) -> Config:
         cfg.test_dataloader.pop('batch_sampler', None)
         cfg.test_dataloader.batch_size = 1
         cfg.test_evaluator = dict(type='mmseg.IoUMetric', iou_metrics=['mIoU'])
+        cfg.test_dataloader.dataset.pipeline = mmseg_pipeline(cfg.test_dataloader.dataset.pipeline)
+        cfg.tta_pipeline = mmseg_pipeline(cfg.tta_pipeline)
+        drop_hooks(cfg)
         cfg.test_cfg.fp16 = spec.dtype == 'float16'
         cfg.env_cfg.cudnn_benchmark = _searches(spec)
     return cfg

@@ -20,7 +20,7 @@ from mmseg.utils import register_all_modules
 from torch import Tensor
 
 from mmseg_resnest.benchmark.alone import fields, hand_over
-from mmseg_resnest.benchmark.training import mmseg_backbone
+from mmseg_resnest.benchmark.training import drop_hooks, mmseg_backbone, mmseg_pipeline
 from mmseg_resnest.checkpoints import guarded_loading
 from mmseg_resnest.datasets import set_data_root
 from mmseg_resnest.key_maps import convert, recognise
@@ -105,8 +105,8 @@ def take_mmsegmentations(cfg: Config) -> None:
     cfg.model.type = 'mmseg.EncoderDecoder'
     cfg.model.backbone = mmseg_backbone(cfg.model.backbone.depth)
     cfg.model.decode_head.pop('conv_cfg', None)
-    for transform in cfg.train_dataloader.dataset.pipeline:
-        transform.type = transform.type.removeprefix('mmseg_resnest.')
+    for loader in (cfg.train_dataloader, cfg.val_dataloader):
+        loader.dataset.pipeline = mmseg_pipeline(loader.dataset.pipeline)
     cfg.val_dataloader.pop('batch_sampler', None)
     cfg.val_dataloader.batch_size = 1
     cfg.val_evaluator = dict(type='mmseg.IoUMetric', iou_metrics=['mIoU'])
@@ -114,11 +114,8 @@ def take_mmsegmentations(cfg: Config) -> None:
     optimizer = {key: value for key, value in cfg.optim_wrapper.optimizer.items() if key != 'fused'}
     amp = dict(type='AmpOptimWrapper', loss_scale='dynamic') if torch.cuda.is_available() else dict(type='OptimWrapper')
     cfg.optim_wrapper = dict(amp, optimizer=optimizer)
-    ours = [name for name, hook in cfg.default_hooks.items() if hook.type.startswith('mmseg_resnest.')]
-    for name in ours:
-        cfg.default_hooks.pop(name)
+    drop_hooks(cfg)
     cfg.default_hooks.checkpoint = dict(type='CheckpointHook', by_epoch=False, interval=cfg.train_cfg.max_iters)
-    cfg.custom_hooks = []
     cfg.sync_bn = None
 
 

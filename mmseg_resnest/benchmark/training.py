@@ -270,6 +270,26 @@ def mmseg_backbone(depth: int) -> dict:
     )  # fmt: skip
 
 
+def mmseg_pipeline(pipeline: list[dict]) -> list[dict]:
+    """Returns a pipeline of mmsegmentation's own transforms; for test-time augmentation they load each label anew."""
+    steps = [dict(step, type=step['type'].removeprefix('mmseg_resnest.')) for step in pipeline]
+    for step in steps:
+        if step['type'] == 'PackEvalInputs':
+            step['type'] = 'PackSegInputs'
+        elif step['type'] == 'ImageTestTimeAug':
+            steps = [other for other in steps if other['type'] != 'LoadAnnotations']
+            packed = [dict(type='LoadAnnotations')], [dict(type='PackSegInputs')]
+            step.update(type='TestTimeAug', transforms=[*step['transforms'][:-1], *packed])
+    return steps
+
+
+def drop_hooks(cfg: Config) -> None:
+    """Takes this project's hooks out of a config, where MMEngine's take over."""
+    for name in [name for name, hook in cfg.default_hooks.items() if hook.type.startswith('mmseg_resnest.')]:
+        cfg.default_hooks.pop(name)
+    cfg.custom_hooks = []
+
+
 def import_smp() -> ModuleType:
     """Returns segmentation_models.pytorch.
 

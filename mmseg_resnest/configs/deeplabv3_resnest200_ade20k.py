@@ -29,6 +29,7 @@ default_hooks = dict(
     nonfinite=dict(
         action='stop', limit=10, type='mmseg_resnest.NonFiniteHook'),
     param_scheduler=dict(type='ParamSchedulerHook'),
+    runtime_info=dict(type='mmseg_resnest.RuntimeInfoHook'),
     sampler_seed=dict(type='DistSamplerSeedHook'),
     samples=dict(on_bad_sample='stop', type='mmseg_resnest.SampleCheckHook'),
     timer=dict(type='IterTimerHook'),
@@ -131,7 +132,7 @@ test_dataloader = dict(
                 512,
             ), type='Resize'),
             dict(type='LoadAnnotations'),
-            dict(type='PackSegInputs'),
+            dict(type='mmseg_resnest.PackEvalInputs'),
         ],
         reduce_zero_label=True,
         type='ADE20KDataset'),
@@ -149,7 +150,7 @@ test_pipeline = [
         512,
     ), type='Resize'),
     dict(type='LoadAnnotations'),
-    dict(type='PackSegInputs'),
+    dict(type='mmseg_resnest.PackEvalInputs'),
 ]
 train_cfg = dict(
     max_iters=160000, type='IterBasedTrainLoop', val_interval=16000)
@@ -217,6 +218,7 @@ train_pipeline = [
 tta_model = dict(type='mmseg_resnest.TTAModel')
 tta_pipeline = [
     dict(type='LoadImageFromFile'),
+    dict(type='LoadAnnotations'),
     dict(
         transforms=[
             [
@@ -232,13 +234,10 @@ tta_pipeline = [
                 dict(direction='horizontal', prob=1.0, type='RandomFlip'),
             ],
             [
-                dict(type='LoadAnnotations'),
-            ],
-            [
-                dict(type='PackSegInputs'),
+                dict(type='mmseg_resnest.PackEvalInputs'),
             ],
         ],
-        type='TestTimeAug'),
+        type='mmseg_resnest.ImageTestTimeAug'),
 ]
 val_cfg = dict(type='ValLoop')
 val_dataloader = dict(
@@ -256,7 +255,7 @@ val_dataloader = dict(
                 512,
             ), type='Resize'),
             dict(type='LoadAnnotations'),
-            dict(type='PackSegInputs'),
+            dict(type='mmseg_resnest.PackEvalInputs'),
         ],
         reduce_zero_label=True,
         type='ADE20KDataset'),

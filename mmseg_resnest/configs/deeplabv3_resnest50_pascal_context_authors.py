@@ -32,6 +32,7 @@ default_hooks = dict(
     nonfinite=dict(
         action='stop', limit=10, type='mmseg_resnest.NonFiniteHook'),
     param_scheduler=dict(type='ParamSchedulerHook'),
+    runtime_info=dict(type='mmseg_resnest.RuntimeInfoHook'),
     sampler_seed=dict(type='DistSamplerSeedHook'),
     samples=dict(on_bad_sample='stop', type='mmseg_resnest.SampleCheckHook'),
     timer=dict(type='IterTimerHook'),
@@ -141,7 +142,7 @@ test_dataloader = dict(
                 520,
             ), type='Resize'),
             dict(type='LoadAnnotations'),
-            dict(type='PackSegInputs'),
+            dict(type='mmseg_resnest.PackEvalInputs'),
         ],
         reduce_zero_label=True,
         type='PascalContextDataset59'),
@@ -159,7 +160,7 @@ test_pipeline = [
         520,
     ), type='Resize'),
     dict(type='LoadAnnotations'),
-    dict(type='PackSegInputs'),
+    dict(type='mmseg_resnest.PackEvalInputs'),
 ]
 train_cfg = dict(max_epochs=80, type='EpochBasedTrainLoop', val_interval=10)
 train_dataloader = dict(
@@ -242,7 +243,7 @@ val_dataloader = dict(
                 520,
             ), type='Resize'),
             dict(type='LoadAnnotations'),
-            dict(type='PackSegInputs'),
+            dict(type='mmseg_resnest.PackEvalInputs'),
         ],
         reduce_zero_label=True,
         type='PascalContextDataset59'),

@@ -30,6 +30,7 @@ default_hooks = dict(
     nonfinite=dict(
         action='stop', limit=10, type='mmseg_resnest.NonFiniteHook'),
     param_scheduler=dict(type='ParamSchedulerHook'),
+    runtime_info=dict(type='mmseg_resnest.RuntimeInfoHook'),
     sampler_seed=dict(type='DistSamplerSeedHook'),
     samples=dict(on_bad_sample='stop', type='mmseg_resnest.SampleCheckHook'),
     timer=dict(type='IterTimerHook'),
@@ -127,7 +128,7 @@ test_dataloader = dict(
                 512,
             ), type='Resize'),
             dict(type='LoadAnnotations'),
-            dict(type='PackSegInputs'),
+            dict(type='mmseg_resnest.PackEvalInputs'),
         ],
         reduce_zero_label=True,
         type='ADE20KDataset'),
@@ -145,7 +146,7 @@ test_pipeline = [
         512,
     ), type='Resize'),
     dict(type='LoadAnnotations'),
-    dict(type='PackSegInputs'),
+    dict(type='mmseg_resnest.PackEvalInputs'),
 ]
 train_cfg = dict(
     max_iters=160000, type='IterBasedTrainLoop', val_interval=16000)
@@ -213,6 +214,7 @@ train_pipeline = [
 tta_model = dict(type='mmseg_resnest.TTAModel')
 tta_pipeline = [
     dict(type='LoadImageFromFile'),
+    dict(type='LoadAnnotations'),
     dict(
         transforms=[
             [
@@ -228,13 +230,10 @@ tta_pipeline = [
                 dict(direction='horizontal', prob=1.0, type='RandomFlip'),
             ],
             [
-                dict(type='LoadAnnotations'),
-            ],
-            [
-                dict(type='PackSegInputs'),
+                dict(type='mmseg_resnest.PackEvalInputs'),
             ],
         ],
-        type='TestTimeAug'),
+        type='mmseg_resnest.ImageTestTimeAug'),
 ]
 val_cfg = dict(type='ValLoop')
 val_dataloader = dict(
@@ -252,7 +251,7 @@ val_dataloader = dict(
                 512,
             ), type='Resize'),
             dict(type='LoadAnnotations'),
-            dict(type='PackSegInputs'),
+            dict(type='mmseg_resnest.PackEvalInputs'),
         ],
         reduce_zero_label=True,
         type='ADE20KDataset'),

@@ -43,6 +43,7 @@ default_hooks = dict(
     nonfinite=dict(
         action='stop', limit=10, type='mmseg_resnest.NonFiniteHook'),
     param_scheduler=dict(type='ParamSchedulerHook'),
+    runtime_info=dict(type='mmseg_resnest.RuntimeInfoHook'),
     sampler_seed=dict(type='DistSamplerSeedHook'),
     samples=dict(on_bad_sample='stop', type='mmseg_resnest.SampleCheckHook'),
     timer=dict(type='IterTimerHook'),
@@ -143,7 +144,7 @@ test_dataloader = dict(
                 1024,
             ), type='Resize'),
             dict(type='LoadAnnotations'),
-            dict(type='PackSegInputs'),
+            dict(type='mmseg_resnest.PackEvalInputs'),
         ],
         type='CityscapesDataset'),
     num_workers=8,
@@ -160,7 +161,7 @@ test_pipeline = [
         1024,
     ), type='Resize'),
     dict(type='LoadAnnotations'),
-    dict(type='PackSegInputs'),
+    dict(type='mmseg_resnest.PackEvalInputs'),
 ]
 train_cfg = dict(max_iters=80000, type='IterBasedTrainLoop', val_interval=8000)
 train_dataloader = dict(
@@ -226,6 +227,7 @@ train_pipeline = [
 tta_model = dict(type='mmseg_resnest.TTAModel')
 tta_pipeline = [
     dict(type='LoadImageFromFile'),
+    dict(type='LoadAnnotations'),
     dict(
         transforms=[
             [
@@ -241,13 +243,10 @@ tta_pipeline = [
                 dict(direction='horizontal', prob=1.0, type='RandomFlip'),
             ],
             [
-                dict(type='LoadAnnotations'),
-            ],
-            [
-                dict(type='PackSegInputs'),
+                dict(type='mmseg_resnest.PackEvalInputs'),
             ],
         ],
-        type='TestTimeAug'),
+        type='mmseg_resnest.ImageTestTimeAug'),
 ]
 val_cfg = dict(type='ValLoop')
 val_dataloader = dict(
@@ -264,7 +263,7 @@ val_dataloader = dict(
                 1024,
             ), type='Resize'),
             dict(type='LoadAnnotations'),
-            dict(type='PackSegInputs'),
+            dict(type='mmseg_resnest.PackEvalInputs'),
         ],
         type='CityscapesDataset'),
     num_workers=8,

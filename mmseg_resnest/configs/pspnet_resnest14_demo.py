@@ -28,6 +28,7 @@ default_hooks = dict(
     nonfinite=dict(
         action='stop', limit=10, type='mmseg_resnest.NonFiniteHook'),
     param_scheduler=dict(type='ParamSchedulerHook'),
+    runtime_info=dict(type='mmseg_resnest.RuntimeInfoHook'),
     sampler_seed=dict(type='DistSamplerSeedHook'),
     samples=dict(on_bad_sample='stop', type='mmseg_resnest.SampleCheckHook'),
     timer=dict(type='IterTimerHook'),
@@ -267,7 +268,7 @@ test_dataloader = dict(
         pipeline=[
             dict(type='LoadImageFromFile'),
             dict(type='LoadAnnotations'),
-            dict(type='PackSegInputs'),
+            dict(type='mmseg_resnest.PackEvalInputs'),
         ],
         type='BaseSegDataset'),
     num_workers=0,
@@ -279,7 +280,7 @@ test_evaluator = dict(
 test_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='LoadAnnotations'),
-    dict(type='PackSegInputs'),
+    dict(type='mmseg_resnest.PackEvalInputs'),
 ]
 train_cfg = dict(max_iters=330, type='IterBasedTrainLoop', val_interval=330)
 train_dataloader = dict(
@@ -470,7 +471,7 @@ val_dataloader = dict(
         pipeline=[
             dict(type='LoadImageFromFile'),
             dict(type='LoadAnnotations'),
-            dict(type='PackSegInputs'),
+            dict(type='mmseg_resnest.PackEvalInputs'),
         ],
         type='BaseSegDataset'),
     num_workers=0,

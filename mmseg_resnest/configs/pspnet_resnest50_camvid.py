@@ -30,6 +30,7 @@ default_hooks = dict(
     nonfinite=dict(
         action='stop', limit=10, type='mmseg_resnest.NonFiniteHook'),
     param_scheduler=dict(type='ParamSchedulerHook'),
+    runtime_info=dict(type='mmseg_resnest.RuntimeInfoHook'),
     sampler_seed=dict(type='DistSamplerSeedHook'),
     samples=dict(on_bad_sample='stop', type='mmseg_resnest.SampleCheckHook'),
     timer=dict(type='IterTimerHook'),
@@ -274,7 +275,7 @@ test_dataloader = dict(
                 360,
             ), type='Resize'),
             dict(type='LoadAnnotations'),
-            dict(type='PackSegInputs'),
+            dict(type='mmseg_resnest.PackEvalInputs'),
         ],
         seg_map_suffix='.png',
         type='BaseSegDataset'),
@@ -292,7 +293,7 @@ test_pipeline = [
         360,
     ), type='Resize'),
     dict(type='LoadAnnotations'),
-    dict(type='PackSegInputs'),
+    dict(type='mmseg_resnest.PackEvalInputs'),
 ]
 train_cfg = dict(max_iters=1000, type='IterBasedTrainLoop', val_interval=500)
 train_dataloader = dict(
@@ -517,7 +518,7 @@ val_dataloader = dict(
                 360,
             ), type='Resize'),
             dict(type='LoadAnnotations'),
-            dict(type='PackSegInputs'),
+            dict(type='mmseg_resnest.PackEvalInputs'),
         ],
         seg_map_suffix='.png',
         type='BaseSegDataset'),
