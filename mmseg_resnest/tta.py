@@ -16,14 +16,17 @@ from mmseg_resnest.ops import Placement, place, upsample_argmax
 from mmseg_resnest.registry import MODELS
 from mmseg_resnest.segmentor import EncoderDecoder, has_plain_predict
 
+SCORES = 1 << 29  # 2 GiB, of the images that run together
+
 
 @MODELS.register_module()
 class TTAModel(BaseTTAModel):
     """mmsegmentation's SegTTAModel: the mean of the softmax over an image's augmentations, and its highest class.
 
     It keeps that one sum, where SegTTAModel keeps the logits of all augmentations; those of one size, mirrored or not,
-    run through the network together. For one channel the mean is of the probabilities: SegTTAModel takes the sigmoid
-    of what is a probability already, which is above 0.5 everywhere.
+    run through the network together, of as many images of the batch as have ``SCORES`` scores. For one channel the
+    mean is of the probabilities: SegTTAModel takes the sigmoid of what is a probability already, which is above 0.5
+    everywhere.
 
     Args:
         module: The segmentor, or its config.
@@ -45,6 +48,16 @@ class TTAModel(BaseTTAModel):
             A sample an image, with ``pred_sem_seg`` (1, H, W), the mean (C, H, W) as ``seg_logits``, and the label map
             of the first augmentation's sample.
         """
+        first = zip(data['inputs'][0], data['data_samples'][0], strict=True)
+        largest = max(math.prod(sample.get('ori_shape', image.shape[1:])[:2]) for image, sample in first)
+        step = max(SCORES // (self.module.out_channels * largest), 1)
+        predictions = []
+        for start in range(0, len(data['inputs'][0]), step):
+            part = {key: [items[start : start + step] for items in data[key]] for key in ('inputs', 'data_samples')}
+            predictions += self._predict(part)
+        return predictions
+
+    def _predict(self, data: dict) -> list[SegDataSample]:
         count = len(data['inputs'][0])
         means: list[Tensor] = []
         seen = 0

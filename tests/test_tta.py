@@ -13,6 +13,7 @@ from mmseg.registry import MODELS
 from mmseg.structures import SegDataSample
 from tiny import ROOT
 
+from mmseg_resnest import tta
 from mmseg_resnest.network import Speed, speed_up
 from mmseg_resnest.tta import AuthorsTTAModel, TTAModel
 
@@ -285,8 +286,9 @@ def augmented(sizes, count=1, ori_shape=(45, 60)):
 
 
 @pytest.mark.parametrize('type_', ['mmseg.EncoderDecoder', 'mmseg_resnest.EncoderDecoder'])
-@pytest.mark.parametrize('count', [1, 2])
-def test_openmmlabs_equals_mmsegmentation(segmentor, count, type_):
+@pytest.mark.parametrize(('count', 'together'), [(1, 1), (2, 2), (3, 2)])
+def test_openmmlabs_equals_mmsegmentation(segmentor, count, together, type_, monkeypatch):
+    monkeypatch.setattr(tta, 'SCORES', together * CLASSES * 45 * 60)
     module = MODELS.build(segmentor_config() | dict(type=type_)).eval()
     module.load_state_dict(segmentor.state_dict())
     batch = augmented([(24, 32), (45, 60), (67, 90)], count)
@@ -323,6 +325,19 @@ def test_openmmlabs_runs_images_of_one_size_together(segmentor):
     module.backbone.register_forward_hook(lambda _, args, out: sizes.append(tuple(args[0].shape)))
     TTAModel(module).test_step(augmented([(24, 32), (45, 60)], count=2))
     assert sizes == [(4, 3, 24, 32), (4, 3, 45, 60)]
+
+
+def test_openmmlabs_keeps_the_sums_of_few_large_images(segmentor, monkeypatch):
+    sizes = []
+    module = copy.deepcopy(segmentor)
+    module.backbone.register_forward_hook(lambda _, args, out: sizes.append(tuple(args[0].shape)))
+    monkeypatch.setattr(tta, 'SCORES', 3 * CLASSES * 45 * 60 - 1)
+    TTAModel(module).test_step(augmented([(24, 32), (45, 60)], count=3))
+    assert sizes == [(4, 3, 24, 32), (4, 3, 45, 60), (2, 3, 24, 32), (2, 3, 45, 60)]
+    sizes.clear()
+    monkeypatch.setattr(tta, 'SCORES', 1)
+    TTAModel(module).test_step(augmented([(24, 32)], count=2))
+    assert sizes == [(2, 3, 24, 32)] * 2
 
 
 def test_openmmlabs_with_one_channel():
