@@ -319,6 +319,9 @@ def _end_to_end(spec: Spec) -> float:
         metainfo = dict(classes=[str(i) for i in range(classes)])
         prefix = dict(img_path='images', seg_map_path='annotations')
         pipeline = cfg.tta_pipeline if spec.task == 'tta' else cfg.test_dataloader.dataset.pipeline
+        for step in pipeline if spec.size else ():
+            if step.type == 'Resize':
+                step.scale = spec.size[::-1]  # as they are
         cfg.test_dataloader.dataset = dict(
             type='mmseg.BaseSegDataset', data_root=folder, data_prefix=prefix, metainfo=metainfo, img_suffix=suffix,
             seg_map_suffix='.png', pipeline=pipeline,
