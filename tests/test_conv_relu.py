@@ -90,6 +90,7 @@ def test_the_kernels_are_used_where_they_are():
         assert not _has_kernel(x.float(), weight.float(), 1)
         assert not _has_kernel(x, weight[:5], 1)
         assert not _has_kernel(x, weight[:, :8], 2)
+        assert not _has_kernel(x.expand(1 << 23, -1, -1, -1), weight, 1)
     assert not _has_kernel(x, weight, 1)
     weight.requires_grad_()
     assert conv_relu(x, weight, None).requires_grad

@@ -43,10 +43,12 @@ def conv_relu(
 
 
 def _has_kernel(x: Tensor, weight: Tensor, groups: int) -> bool:
-    """Whether cuDNN is sure to have it: its half precision kernels go by eight channels."""
+    """Whether cuDNN is sure to have it: its half precision kernels go by eight channels, and count in 32 bits."""
+    outputs, inputs = weight.shape[:2]
     in_half_precision = x.dtype == weight.dtype and x.dtype in (torch.bfloat16, torch.float16)
-    in_eights = groups == 1 and weight.shape[0] % 8 == weight.shape[1] % 8 == 0
-    return x.is_cuda and in_half_precision and in_eights and not torch.is_grad_enabled()
+    in_eights = groups == 1 and inputs % 8 == outputs % 8 == 0
+    countable = x.numel() // inputs * max(inputs, outputs) < 2**31  # torch's plain convolution takes more apart
+    return x.is_cuda and in_half_precision and in_eights and countable and not torch.is_grad_enabled()
 
 
 def _fused(
