@@ -5,7 +5,7 @@ import sys
 
 import cv2
 import pytest
-from tiny import ROOT
+from tiny import CAMVID, ROOT
 
 from mmseg_resnest.benchmark.inference import (
     ADE_SIZES,
@@ -82,3 +82,9 @@ def test_their_side_has_the_label_of_each_augmentation_and_nothing_of_ours():
     assert [len(choices) for choices in augment.transforms] == [6, 2, 1, 1]
     assert [choices[0].type for choices in augment.transforms[2:]] == ['LoadAnnotations', 'PackSegInputs']
     assert [step.type for step in cfg.test_dataloader.dataset.pipeline[2:]] == ['LoadAnnotations', 'PackSegInputs']
+
+
+def test_their_side_of_a_config_without_augmentation():
+    cfg = _config(Spec('test', 'mmseg', str(CAMVID), None))
+    assert 'tta_pipeline' not in cfg
+    assert cfg.test_dataloader.dataset.pipeline[-1].type == 'PackSegInputs'

@@ -168,7 +168,8 @@ def _config(spec: Spec) -> Config:
         cfg.test_dataloader.batch_size = 1
         cfg.test_evaluator = dict(type='mmseg.IoUMetric', iou_metrics=['mIoU'])
         cfg.test_dataloader.dataset.pipeline = mmseg_pipeline(cfg.test_dataloader.dataset.pipeline)
-        cfg.tta_pipeline = mmseg_pipeline(cfg.tta_pipeline)
+        if 'tta_pipeline' in cfg:
+            cfg.tta_pipeline = mmseg_pipeline(cfg.tta_pipeline)
         drop_hooks(cfg)
         cfg.test_cfg.fp16 = spec.dtype == 'float16'
         cfg.env_cfg.cudnn_benchmark = _searches(spec)
