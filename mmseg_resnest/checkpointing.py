@@ -17,12 +17,14 @@ from mmengine.logging import print_log
 from mmengine.runner import IterBasedTrainLoop, Runner
 from mmengine.runner import runner as mmengine_runner
 
-from mmseg_resnest.checkpoints import check_sums, read_meta
+from mmseg_resnest.checkpoints import check_sums, plain, read_meta, why_refused
 from mmseg_resnest.registry import HOOKS
 
 PARTIAL = '.partial'  # what the name of a file ends with until it is whole
 LAST = 'last_checkpoint'  # the file of a work dir that names the newest one
 BACKEND = 'mmseg_resnest.whole_files'
+SOURCES = 100  # that a checkpoint remembers
+PLAIN = ('message_hub', 'meta', 'param_schedulers')  # of a checkpoint, beside the weights and the optimizer
 
 
 def write_whole(path: str | Path, content: bytes | memoryview) -> None:
@@ -91,13 +93,21 @@ class CheckpointHook(_CheckpointHook):
             self.backend_args = dict(backend=BACKEND)
         self._noted: int | None = None  # what the newest file says is evaluated
         self._save: dict = {}  # which of the run's saves it is; of one iteration all are one
+        self._sources: list[str] = []  # what the run has gone on from, one after the other
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        """Notes which save the run goes on from."""
-        self._save = dict(id=_save_of(checkpoint.get('meta') or {}).get('id'))
+        """Notes which save the run goes on from, and which that one's run did."""
+        meta = checkpoint.get('meta') or {}
+        self._save = dict(id=_save_of(meta).get('id'))
+        self._sources = _sources_of(meta)
 
     def before_train(self, runner: Runner) -> None:
-        """Clears away what a killed run was writing, and finds the best one where the work dir is now."""
+        """Clears away what a killed run was writing, and finds the best one where the work dir is now.
+
+        Raises:
+            ValueError: What would be saved could not be read again.
+        """
+        self._check_readable(runner)
         if self._goes_on_from_elsewhere(runner):  # whose numbers name other files here
             for name in list(runner.message_hub.runtime_info):
                 if name in ('keep_ckpt_ids', 'outdated_best') or name.startswith(('best_ckpt', 'best_score')):
@@ -127,6 +137,33 @@ class CheckpointHook(_CheckpointHook):
         named = _last_saved(Path(runner.work_dir))
         if runner._resume and runner._load_from and named not in (None, Path(runner._load_from).resolve()):
             self._save_again(runner)  # as its newest: killed before the next save, it goes on from there again
+            self._sources = [*self._sources, self._save['id']]
+
+    def _check_readable(self, runner: Runner) -> None:
+        """Tries what is known before the first save, so that no run is lost that could not be resumed."""
+        schedulers = runner.param_schedulers or []
+        lists = schedulers.values() if isinstance(schedulers, dict) else [schedulers]
+        checkpoint = dict(
+            message_hub=runner.message_hub.state_dict(),
+            meta=dict(dataset_meta=getattr(runner.train_dataloader.dataset, 'metainfo', None)),
+            param_schedulers=[scheduler.state_dict() for each in lists for scheduler in each],
+        )
+        if reason := why_refused(_plain_parts(checkpoint)):
+            raise ValueError(
+                f'what is beside the weights in a checkpoint could not be read again: {reason}. Expected plain values '
+                "in the data set's metainfo, in what hooks put into the message hub, and in the schedules' states"
+            )
+        if not (self.save_optimizer and self.save_param_scheduler):
+            runner.logger.warning(
+                'default_hooks.checkpoint leaves the optimizer or its schedules out (save_optimizer, '
+                'save_param_scheduler): --resume cannot go on from what this run saves'
+            )
+
+    def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        """Makes plain values of what is beside the tensors: files are read without running code in them."""
+        checkpoint.update(_plain_parts(checkpoint))
+        if is_main_process() and (reason := why_refused({key: checkpoint.get(key) for key in PLAIN})):
+            runner.logger.warning(f'this checkpoint can only be read with --allow-pickle: {reason}')
 
     def before_train_epoch(self, runner: Runner) -> None:
         """Evaluates first where the checkpoint was to be evaluated and was not: the run ended in between."""
@@ -213,7 +250,8 @@ class CheckpointHook(_CheckpointHook):
                 f'not exact. Save and evaluate at multiples of accumulative_counts={counts}'
             )
         if self._save.get('iter') != meta['iter']:
-            self._save = dict(id=uuid4().hex, after=self._save.get('id'), iter=meta['iter'])
+            after = self._save.get('id')
+            self._save = dict(id=uuid4().hex, after=after, iter=meta['iter'], sources=self._sources)
         runner.save_checkpoint(
             self.out_dir,
             name,
@@ -261,6 +299,15 @@ class CheckpointHook(_CheckpointHook):
             self.file_backend.remove(path)
 
 
+def _plain_parts(checkpoint: dict) -> dict:
+    """Returns what a checkpoint has of ``PLAIN``, as plain values; the log's buffers stay what they are."""
+    parts = {key: plain(checkpoint[key]) for key in PLAIN if key in checkpoint}
+    if 'message_hub' in parts:
+        hub = checkpoint['message_hub']
+        parts['message_hub'] = dict(hub, runtime_info=plain(hub['runtime_info']))
+    return parts
+
+
 def _evaluated(runner: Runner) -> int | None:
     """The iteration that was evaluated last."""
     return runner.message_hub.runtime_info.get('evaluated')
@@ -270,6 +317,21 @@ def _save_of(meta: dict) -> dict:
     """Returns a save's ``id``, and that of the one ``after`` which the run made it; MMEngine's own have none."""
     save = meta.get('save')
     return save if isinstance(save, dict) else {}
+
+
+def _sources_of(meta: dict) -> list[str]:
+    """Returns what a checkpoint's run had gone on from, and itself: the id of its save, or when MMEngine made it."""
+    save = _save_of(meta)
+    return [*save.get('sources', ()), save.get('id') or f'{meta.get("iter")} {meta.get("time")}'][-SOURCES:]
+
+
+def goes_on_from(newest: Path, source: str | Path) -> bool:
+    """Whether a checkpoint is of a run that has gone on from another one, as far as that can be read, or that one."""
+    try:
+        wanted = _sources_of(read_meta(source))[-1]
+    except (ValueError, OSError):
+        return True
+    return wanted in _sources_of(read_meta(newest))
 
 
 def newest_checkpoint(work_dir: str | Path) -> tuple[Path | None, list[str]]:

@@ -2,18 +2,22 @@
 
 import contextlib
 import hashlib
+import inspect
+import io
 import os
 import pickle
 import re
 import urllib.parse
 import zipfile
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from logging import WARNING
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import numpy as np
 import torch
+from mmengine.config import ConfigDict
 from mmengine.hooks import EMAHook, Hook
 from mmengine.logging import HistoryBuffer, print_log
 from mmengine.model import PretrainedInit, is_model_wrapper, update_init_info
@@ -139,13 +143,16 @@ def read_meta(path: str | Path) -> dict:
     try:
         with torch.serialization.safe_globals(_harmless_types()):
             content = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
-        _check_resumable(content, str(path))
-        return content['meta']
-    except ValueError:
-        raise
     except Exception as error:  # as in read_checkpoint
-        size = Path(path).stat().st_size
-        raise ValueError(f'{path} ({size} bytes): no checkpoint, or a damaged one ({_gist(error)})') from error
+        unsafe = isinstance(error, pickle.UnpicklingError)
+        if not (unsafe and _pickle_allowed.get()):
+            trust = '; only if you trust it as a program, let it run its code with --allow-pickle' if unsafe else ''
+            size = Path(path).stat().st_size
+            found = f'{path} ({size} bytes): no checkpoint, or a damaged one ({_gist(error)})'
+            raise ValueError(found + trust) from error
+        content = _unpickle(path, 'cpu', _gist(error))
+    _check_resumable(content, str(path))
+    return content['meta']
 
 
 def check_sums(path: str | Path) -> None:
@@ -196,16 +203,18 @@ def _gist(error: Exception) -> str:
 
 
 def _harmless_types() -> list:
-    """What MMEngine's own checkpoints hold beside tensors: the buffers of its log, and numpy's numbers."""
+    """What MMEngine's own checkpoints hold beside tensors: the buffers of its log, its dicts, and numpy's numbers."""
+    arrays, scalars = np._core.multiarray._reconstruct, np._core.multiarray.scalar
     return [
         HistoryBuffer,
+        ConfigDict,
         # MMEngine pickles a buffer's methods as getattr(HistoryBuffer, name), and lets any file call getattr.
         (_history_buffer_method, 'builtins.getattr'),
         np.ndarray,
         np.dtype,
-        np._core.multiarray._reconstruct,
-        np._core.multiarray.scalar,
-        *(type(np.dtype(name)) for name in ('bool', 'uint8', 'int32', 'int64', 'float32', 'float64')),
+        *(arrays, (arrays, 'numpy.core.multiarray._reconstruct')),  # the name before numpy 2
+        *(scalars, (scalars, 'numpy.core.multiarray.scalar')),
+        *{type(np.dtype(code)) for code in np.typecodes['AllInteger'] + 'e' + 'f' + 'd' + '?'},
     ]
 
 
@@ -213,6 +222,33 @@ def _history_buffer_method(owner: type, name: str) -> Callable:
     if owner is not HistoryBuffer or name not in ('min', 'max', 'current', 'mean'):
         raise pickle.UnpicklingError(f'the file asks for the attribute {name!r} of {owner!r}')
     return getattr(owner, name)
+
+
+def plain(value: object) -> object:
+    """Returns what a checkpoint is to hold as plain values: mappings and sequences of any kind, paths, strings.
+
+    Functions are left out of mappings, as the formula of a OneCycle schedule, which its constructor sets.
+    """
+    if isinstance(value, Mapping):
+        return {key: plain(item) for key, item in value.items() if not inspect.isroutine(item)}
+    if isinstance(value, list | deque):
+        return [plain(item) for item in value]
+    if isinstance(value, tuple):
+        return tuple(plain(item) for item in value)
+    return str(value) if isinstance(value, str | PurePath) else value
+
+
+def why_refused(content: object) -> str:
+    """Returns why a file with this content would not be read without running code in it; '' if it would be."""
+    file = io.BytesIO()
+    try:
+        torch.save(content, file)
+        file.seek(0)
+        with torch.serialization.safe_globals(_harmless_types()):
+            torch.load(file, weights_only=True)
+    except Exception as error:  # as in read_checkpoint
+        return _gist(error)
+    return ''
 
 
 def model_weights(checkpoint: Mapping, prefix: str = '') -> dict[str, Tensor]:

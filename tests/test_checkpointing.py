@@ -7,17 +7,27 @@ import resource
 import shutil
 import signal
 import time
+from collections import deque
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from mmengine.config import ConfigDict
 from mmengine.hooks import CheckpointHook as StockHook
 from mmengine.hooks import Hook
 from mmengine.runner import find_latest_checkpoint
 from test_hooks import Classifier, Stem, make_runner
 
-from mmseg_resnest.checkpointing import PARTIAL, CheckpointHook, agreed_checkpoint, newest_checkpoint, write_whole
-from mmseg_resnest.checkpoints import read_checkpoint
+from mmseg_resnest.checkpointing import (
+    PARTIAL,
+    CheckpointHook,
+    agreed_checkpoint,
+    goes_on_from,
+    newest_checkpoint,
+    write_whole,
+)
+from mmseg_resnest.checkpoints import guarded_loading, read_checkpoint
 from mmseg_resnest.signals import SignalHook
 
 
@@ -146,6 +156,21 @@ def test_a_run_that_went_back_and_was_killed_before_it_saved_goes_on_from_there(
     told = [f'{saved / f"iter_{i}.pth"}: later than iter_1.pth, which the run saved last' for i in (2, 3)]
     assert newest_checkpoint(saved) == (saved / 'iter_1.pth', told)
     assert read_checkpoint(saved / 'iter_1.pth')['meta']['iter'] == 1
+
+
+def test_what_a_run_has_gone_on_from_is_known(saved, tmp_path):
+    first = saved / 'iter_1.pth'
+    shutil.copy(first, tmp_path / 'first.pth')
+    assert not goes_on_from(saved / 'iter_3.pth', first)  # the same run
+    assert goes_on_from(first, first)
+    go_on_from(first, 1)  # saved again, and no more
+    assert goes_on_from(first, tmp_path / 'first.pth')
+    go_on_from(first, 2)
+    for source in (first, tmp_path / 'first.pth', tmp_path / 'gone.pth'):
+        assert goes_on_from(saved / 'iter_2.pth', source)
+    assert not goes_on_from(saved / 'iter_3.pth', first)
+    run(tmp_path / 'stock', 2, StockHook(by_epoch=False, interval=1)).train()
+    assert not goes_on_from(tmp_path / 'stock' / 'iter_2.pth', tmp_path / 'stock' / 'iter_1.pth')
 
 
 def test_a_work_dir_that_is_a_link_and_checkpoints_elsewhere(tmp_path):
@@ -470,6 +495,68 @@ def test_an_evaluation_that_was_cut_off_is_made_first(number, code, iteration, t
     assert newest_checkpoint(tmp_path / 'w')[0].name == f'iter_{iteration}.pth'
     assert evaluations(tmp_path / 'w', End()) == [each for each in undisturbed if each[0] >= iteration]
     assert evaluations(tmp_path / 'w', End()) == []
+
+
+def test_what_is_no_plain_value_is_saved_as_one(tmp_path):
+    """A schedule's formula, a config's dicts, paths: what is saved can be read without running its code."""
+    schedule = dict(type='OneCycleLR', eta_max=0.1, total_steps=4, by_epoch=False, begin=0, end=4)
+    rates = []
+
+    class Rate(Hook):
+        def before_train_iter(self, runner, **_):
+            rates.append(runner.optim_wrapper.get_lr()['lr'][0])
+
+    def train(iterations, resume=False):
+        runner = make_runner(
+            tmp_path / 'w', Classifier(Stem(), 4), [], max_iters=iterations, param_scheduler=dict(schedule)
+        )
+        runner._hooks = [each for each in runner._hooks if not isinstance(each, StockHook)]
+        runner.register_hook(CheckpointHook(by_epoch=False, interval=1))
+        runner.register_hook(Rate())
+        runner.train_dataloader.dataset.metainfo = ConfigDict(groups=dict(road='flat'), root=Path('a'))
+        runner.message_hub.update_info('of_a_hook', deque([(np.float16(1), np.str_('b'))]))
+        if resume:
+            runner._resume, runner._load_from = True, str(newest_checkpoint(tmp_path / 'w')[0])
+        runner.train()
+
+    train(2)
+    content = read_checkpoint(tmp_path / 'w' / 'iter_2.pth')
+    assert content['meta']['dataset_meta'] == dict(groups=dict(road='flat'), root='a')
+    assert content['message_hub']['runtime_info']['of_a_hook'] == [(1, 'b')]
+    train(4, resume=True)
+    together, rates[:] = list(rates), []
+    shutil.rmtree(tmp_path / 'w')
+    train(4)
+    assert rates == together
+    assert len(set(rates)) == 4
+
+
+def test_what_could_not_be_read_again_stops_a_run_before_its_first_iteration(tmp_path):
+    runner = run(tmp_path / 'w', 2)
+    runner.message_hub.update_info('of_a_hook', Stem())
+    with pytest.raises(ValueError, match=r'could not be read again: .*Stem.*Expected plain values in'):
+        runner.train()
+    assert runner.iter == 0
+
+
+def test_what_cannot_be_read_again_in_a_later_save_is_told(tmp_path, capfd):
+    class Late(Hook):
+        def after_train_iter(self, runner, **_):
+            runner.message_hub.update_info('of_a_hook', Stem())
+
+    runner = run(tmp_path / 'w', 1)
+    runner.register_hook(Late())
+    runner.train()
+    assert 'this checkpoint can only be read with --allow-pickle: ' in ''.join(capfd.readouterr())
+    with pytest.raises(ValueError, match='only if you trust it as a program, let it run its code with --allow-pickle'):
+        newest_checkpoint(tmp_path / 'w')
+    with guarded_loading(allow_pickle=True):
+        assert newest_checkpoint(tmp_path / 'w')[0] == tmp_path / 'w' / 'iter_1.pth'
+
+
+def test_a_run_that_leaves_the_optimizer_out_is_warned(tmp_path, capfd):
+    run(tmp_path / 'w', 1, save_optimizer=False).train()
+    assert '--resume cannot go on from what this run saves' in ''.join(capfd.readouterr())
 
 
 def test_a_save_between_two_steps_is_told(tmp_path):

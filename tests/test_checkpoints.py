@@ -9,6 +9,7 @@ import re
 import socket
 import subprocess
 import sys
+import zipfile
 from types import SimpleNamespace
 
 import numpy as np
@@ -19,7 +20,7 @@ from hypothesis import strategies as st
 from mmengine.config import Config
 from mmengine.dataset import DefaultSampler
 from mmengine.hooks import EMAHook
-from mmengine.logging import MMLogger
+from mmengine.logging import HistoryBuffer, MMLogger
 from mmengine.model import BaseModel, BaseModule, PretrainedInit
 from mmengine.runner import CheckpointLoader, Runner
 from mmengine.runner import checkpoint as runner_checkpoint
@@ -644,3 +645,19 @@ def test_guarded_pretrained_initialiser_checks_the_options_of_a_segmentor(tmp_pa
     torch.save(dict(state_dict=model.state_dict(), meta=meta), tmp_path / 'x.pth')
     with guarded_loading(), pytest.raises(ValueError, match=r'model\.decode_head\.align_corners: True needed, False'):
         model.init_weights()
+
+
+def test_numpys_older_names_are_read(tmp_path):
+    """As MMEngine's checkpoints have them that were written with numpy 1."""
+    buffer = HistoryBuffer([1.0, 2.0], [1, 1])
+    path = tmp_path / 'old.pth'
+    torch.save(dict(state_dict={}, buffer=buffer, scalar=np.int16(3)), tmp_path / 'new.pth')
+    with zipfile.ZipFile(tmp_path / 'new.pth') as new, zipfile.ZipFile(path, 'w') as old:
+        for name in new.namelist():
+            content = new.read(name)
+            renamed = content.replace(b'cnumpy._core.multiarray\n', b'cnumpy.core.multiarray\n')
+            assert name.endswith('data.pkl') == (renamed != content)
+            old.writestr(name, renamed)
+    content = read_checkpoint(path)
+    assert content['buffer'].data[0].tolist() == [1, 2]
+    assert content['scalar'] == 3

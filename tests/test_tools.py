@@ -180,6 +180,24 @@ def test_resume_from_a_file(trained, tmp_path):
     assert after['optimizer']['param_groups'][0]['lr'] == pytest.approx(0.01, rel=0.01)  # the checkpoint's
 
 
+def test_a_restart_that_has_saved_nothing_goes_back_to_the_named_file_again(trained, tmp_path):
+    """And goes on from the newest once it has, though the work dir holds a run of later iterations."""
+    work_dir, options = tmp_path / 'w', [*WITHOUT_VALIDATION, 'default_hooks.checkpoint.interval=1']
+    shutil.copytree(trained / 'w', work_dir)
+    first = work_dir / 'iter_1.pth'
+    command = ['train', CAMVID, '--work-dir', work_dir, '--seed', '1', *options]
+    succeed(*command, 'train_cfg.max_iters=1', cwd=trained)
+    (work_dir / 'last_checkpoint').write_text('iter_2.pth')
+    command[4:4] = ['--resume', first]
+    again = dict(cwd=trained, TORCHELASTIC_RESTART_COUNT='1')
+    out = succeed(*command, 'train_cfg.max_iters=3', **again)
+    assert f'Started again before it saved: from {first} again, not from {work_dir}/iter_2.pth' in out
+    assert 'resumed epoch: 0, iter: 1' in out
+    out = succeed(*command, 'train_cfg.max_iters=4', **again)
+    assert 'Started again before it saved' not in out
+    assert 'resumed epoch: 0, iter: 3' in out
+
+
 def test_resume_with_nothing_there_starts_anew(trained, tmp_path):
     options = ['--seed', '2', *WITHOUT_VALIDATION, 'train_cfg.max_iters=1']
     out = succeed('train', CAMVID, '--work-dir', tmp_path / 'w', '--resume', *options, cwd=trained)

@@ -13,7 +13,7 @@ import argparse
 from mmengine.config import Config
 
 from mmseg_resnest import cli, launch
-from mmseg_resnest.checkpointing import agreed_checkpoint, check_agreement
+from mmseg_resnest.checkpointing import agreed_checkpoint, check_agreement, goes_on_from
 from mmseg_resnest.checkpoints import StrictLoading
 from mmseg_resnest.dataset_check import add_skip_option, check_before_run
 from mmseg_resnest.datasets import check_classes
@@ -68,6 +68,9 @@ def set_start(cfg: Config, args: argparse.Namespace) -> list[str]:
     if resume is True or launch.is_restarted():
         newest, skipped = agreed_checkpoint(cfg.work_dir)
         remarks = [f'Not resumed from: {reason}' for reason in skipped]
+        if isinstance(resume, str) and newest and not goes_on_from(newest, resume):
+            remarks = [f'Started again before it saved: from {resume} again, not from {newest}']
+            newest = None
         resume = newest or (None if resume is True else resume)
         if not resume:
             remarks.append(f'No checkpoint in {cfg.work_dir} to go on from: a new run')
