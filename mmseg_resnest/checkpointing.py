@@ -24,7 +24,6 @@ PARTIAL = '.partial'  # what the name of a file ends with until it is whole
 LAST = 'last_checkpoint'  # the file of a work dir that names the newest one
 BACKEND = 'mmseg_resnest.whole_files'
 SOURCES = 100  # that a checkpoint remembers
-PLAIN = ('message_hub', 'meta', 'param_schedulers')  # of a checkpoint, beside the weights and the optimizer
 
 
 def write_whole(path: str | Path, content: bytes | memoryview) -> None:
@@ -161,9 +160,11 @@ class CheckpointHook(_CheckpointHook):
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Makes plain values of what is beside the tensors: files are read without running code in them."""
-        checkpoint.update(_plain_parts(checkpoint))
-        if is_main_process() and (reason := why_refused({key: checkpoint.get(key) for key in PLAIN})):
+        parts = _plain_parts(checkpoint)
+        if is_main_process() and (reason := why_refused(parts)):
             runner.logger.warning(f'this checkpoint can only be read with --allow-pickle: {reason}')
+        checkpoint['message_hub'] = checkpoint['message_hub'] | parts.pop('message_hub')
+        checkpoint.update(parts)
 
     def before_train_epoch(self, runner: Runner) -> None:
         """Evaluates first where the checkpoint was to be evaluated and was not: the run ended in between."""
@@ -300,12 +301,9 @@ class CheckpointHook(_CheckpointHook):
 
 
 def _plain_parts(checkpoint: dict) -> dict:
-    """Returns what a checkpoint has of ``PLAIN``, as plain values; the log's buffers stay what they are."""
-    parts = {key: plain(checkpoint[key]) for key in PLAIN if key in checkpoint}
-    if 'message_hub' in parts:
-        hub = checkpoint['message_hub']
-        parts['message_hub'] = dict(hub, runtime_info=plain(hub['runtime_info']))
-    return parts
+    """Returns as plain values what a checkpoint has beside the tensors; not the log's buffers, which are long."""
+    parts = {key: plain(checkpoint[key]) for key in ('meta', 'param_schedulers') if key in checkpoint}
+    return parts | dict(message_hub=dict(runtime_info=plain(checkpoint['message_hub']['runtime_info'])))
 
 
 def _evaluated(runner: Runner) -> int | None:
