@@ -1,5 +1,6 @@
 """The hooks in real runs: what is refused before training, what stops it, and what a terminal shows during it."""
 
+import io
 import itertools
 import os
 import pty
@@ -625,8 +626,12 @@ def test_weights_that_are_not_finite_are_not_evaluated(data, tmp_path):
 
 
 def test_a_full_disk_does_not_hide_what_has_happened(data, tmp_path, monkeypatch):
-    def full(*_):
-        raise OSError('No space left on device')
+    save = torch.save
+
+    def full(content, file):
+        if not isinstance(file, io.BytesIO):
+            raise OSError('No space left on device')
+        save(content, file)
 
     runner = config_runner(tmp_path / 'w', data, hooks=[Poison(1)])
     monkeypatch.setattr(torch, 'save', full)

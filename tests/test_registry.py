@@ -57,6 +57,7 @@ OURS = {
         hooks.BatchNormCheckHook,
         hooks.NonFiniteHook,
         hooks.ProgressBarHook,
+        hooks.RuntimeInfoHook,
         hooks.SampleCheckHook,
         randomness.RandomnessHook,
         signals.SignalHook,
@@ -64,7 +65,12 @@ OURS = {
     ],
     'METRICS': [metrics.IoUMetric],
     'DATA_SAMPLERS': [sampler.EqualSizeBatchSampler],
-    'TRANSFORMS': [transforms.PhotoMetricDistortion, transforms.RandomCrop],
+    'TRANSFORMS': [
+        transforms.ImageTestTimeAug,
+        transforms.PackEvalInputs,
+        transforms.PhotoMetricDistortion,
+        transforms.RandomCrop,
+    ],
 }
 
 
