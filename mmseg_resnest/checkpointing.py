@@ -354,7 +354,7 @@ def newest_checkpoint(work_dir: str | Path) -> tuple[Path | None, list[str]]:
     skipped, metas = [], {}
     for path in _candidates(work_dir, last):
         try:
-            metas[path] = read_meta(path) | dict(mtime=path.stat().st_mtime)
+            metas[path] = read_meta(path, may_run_code=True) | dict(mtime=path.stat().st_mtime)
         except (ValueError, OSError) as error:
             skipped.append(str(error))
     # Not by the clock, which may go back. By last_checkpoint, since a run may have gone back to an earlier one.

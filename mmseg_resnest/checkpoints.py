@@ -134,8 +134,12 @@ def _is_str(key: object) -> bool:
     return isinstance(key, str)
 
 
-def read_meta(path: str | Path) -> dict:
+def read_meta(path: str | Path, may_run_code: bool = False) -> dict:
     """Returns a training run's ``meta`` (``iter``, ``epoch``, ``time``, ...) and leaves the tensors on the disk.
+
+    Args:
+        path: The file.
+        may_run_code: Whether ``guarded_loading(allow_pickle=True)`` allows it here too.
 
     Raises:
         ValueError: It is no checkpoint that a run can go on from, or the file is cut off or empty.
@@ -145,7 +149,7 @@ def read_meta(path: str | Path) -> dict:
             content = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
     except Exception as error:  # as in read_checkpoint
         unsafe = isinstance(error, pickle.UnpicklingError)
-        if not (unsafe and _pickle_allowed.get()):
+        if not (unsafe and may_run_code and _pickle_allowed.get()):
             trust = '; only if you trust it as a program, let it run its code with --allow-pickle' if unsafe else ''
             size = Path(path).stat().st_size
             found = f'{path} ({size} bytes): no checkpoint, or a damaged one ({_gist(error)})'
