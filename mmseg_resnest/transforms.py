@@ -1,4 +1,4 @@
-"""Transforms that are exactly mmsegmentation's, and faster; and what is checked while a pipeline runs."""
+"""Transforms that give what mmsegmentation's do, faster; and what is checked while a pipeline runs."""
 
 import re
 from pathlib import Path

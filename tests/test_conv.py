@@ -37,6 +37,7 @@ def test_equals_torch(options):
 )
 def test_others_are_left_to_cudnn(change):
     assert DilatedConv2d(4, 6, **WIDE)._is_wide()
+    assert DilatedConv2d(4, 6, **WIDE | dict(bias=True))._is_wide()  # as folded batch norm leaves it
     assert not DilatedConv2d(4, 6, **WIDE | change)._is_wide()
 
 
