@@ -1,9 +1,10 @@
-"""Convolution layers."""
+"""Convolution and pooling layers."""
 
 import torch
 from torch import Tensor, nn
 
-from mmseg_resnest.ops import dilated_conv2d
+from mmseg_resnest.ops import avg_pool2d, dilated_conv2d
+from mmseg_resnest.ops.channels_last import runs_kernels
 from mmseg_resnest.registry import MODELS
 
 # From here on cuDNN has no Hopper kernels; ASPP's least dilation, and no stage of a backbone's.
@@ -12,7 +13,9 @@ WIDE = 12
 
 @MODELS.register_module()
 class DilatedConv2d(nn.Conv2d):
-    """``torch.nn.Conv2d``, where a wide 3x3 dilation in half precision is compiled as matrix products on a GPU.
+    """``torch.nn.Conv2d``, where a wide 3x3 dilation in half precision becomes matrix products on a GPU.
+
+    Not in training that is not compiled: their gradient takes a compiler.
 
     For a head's ``conv_cfg=dict(type='mmseg_resnest.DilatedConv2d')``: mmsegmentation's ASPPHead makes all of its
     convolutions of it.
@@ -20,9 +23,9 @@ class DilatedConv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (N, C, H, W) to (N, O, H', W')."""
-        if self._is_wide() and torch.compiler.is_compiling() and x.is_cuda and _in_half_precision(x):
-            out = dilated_conv2d(x, self.weight, self.dilation[0])
-            return out if self.bias is None else out + self.bias[:, None, None]
+        compiled = torch.compiler.is_compiling() and x.is_cuda and _in_half_precision(x)
+        if self._is_wide() and (compiled or runs_kernels(x, self.weight)):
+            return dilated_conv2d(x, self.weight, self.bias, self.dilation[0])
         return super().forward(x)
 
     def _is_wide(self) -> bool:
@@ -35,3 +38,11 @@ def _in_half_precision(x: Tensor) -> bool:
     if torch.is_autocast_enabled('cuda'):
         return torch.get_autocast_dtype('cuda') in (torch.bfloat16, torch.float16)
     return x.dtype in (torch.bfloat16, torch.float16)
+
+
+class AvgPool2d(nn.AvgPool2d):
+    """``torch.nn.AvgPool2d`` of square windows, by ``ops.avg_pool2d``."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps (N, C, H, W) to (N, C, H', W')."""
+        return avg_pool2d(x, self.kernel_size, self.stride, self.padding, self.ceil_mode, self.count_include_pad)

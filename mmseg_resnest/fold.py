@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from mmseg_resnest.resnest import SplitAttentionConv2d
+from mmseg_resnest.resnest import Bottleneck, SplitAttentionConv2d
 
 Run = Callable[[], Tensor | Sequence[Tensor]]
 
@@ -41,6 +41,7 @@ def fold_batch_norms(model: nn.Module, run: Run) -> int:
         for name, child in list(module.named_children()):
             if id(child) in folded:
                 setattr(module, name, nn.Identity())
+    _merge_shortcut_biases(model)
     with torch.no_grad(), _whole_float32():
         errors = [
             (new - old).abs().max() / old.abs().max().clamp(min=1e-30)
@@ -54,6 +55,16 @@ def fold_batch_norms(model: nn.Module, run: Run) -> int:
             'Predict without folding'
         )
     return len(pairs)
+
+
+def _merge_shortcut_biases(model: nn.Module) -> None:
+    """Lets a block's last convolution add the bias of its shortcut's projection too, which saves a pass over it."""
+    for block in model.modules():
+        if isinstance(block, Bottleneck) and isinstance(block.downsample, nn.Sequential):
+            projection = block.downsample[1]
+            if projection.bias is not None and block.conv3.bias is not None:
+                bias = block.conv3.bias + projection.bias
+                block.conv3.bias, projection.bias = nn.Parameter(bias, requires_grad=False), None
 
 
 def _listed(output: Tensor | Sequence[Tensor]) -> Sequence[Tensor]:

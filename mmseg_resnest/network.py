@@ -17,6 +17,7 @@ from mmseg_resnest.segmentor import EncoderDecoder, has_plain_predict
 Network = Callable[[Tensor], Tensor]
 REPEATS = 4  # of a size before it is captured, which takes about as long as that many runs
 GRAPHS = 16  # that are kept, of the sizes used last
+LARGE = 1 << 22  # pixels of a batch, for which a GPU computes as long as Python launches: 22 ms on an H200
 COMPILED = 8  # sizes, as many as torch compiles of one function
 
 
@@ -87,6 +88,8 @@ def _cast(dtype: torch.dtype, layout: torch.memory_format, _: nn.Module, args: t
 class GraphedBySize:
     """A network that runs from a CUDA graph, compiled or not, where an input's size has come ``REPEATS`` times.
 
+    What is not compiled and has ``LARGE`` pixels would not win anything by it.
+
     Args:
         network: Maps images (N, 3, H, W) to logits.
         compiles: Whether the first ``COMPILED`` sizes are compiled.
@@ -114,7 +117,7 @@ class GraphedBySize:
         if size in self._graphs:
             self._graphs.move_to_end(size)
             return self._graphs[size](images)
-        if self._seen[size] < REPEATS:
+        if self._seen[size] < REPEATS or (self.compiled is None and size.numel() >= LARGE * size[1]):
             return self.network(images)
         self._graphs[size] = self._capture(self._choose(size), images)
         if len(self._graphs) > GRAPHS:
@@ -136,7 +139,7 @@ class GraphedBySize:
             self._stream = stream = self._stream or torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream), torch.no_grad():
-                for _ in range(3):  # compiles, and lets cuDNN choose
+                for _ in range(3 if network is self.compiled else 1):  # compiles, and lets cuDNN choose
                     network(static)
             torch.cuda.current_stream().wait_stream(stream)
             graph = torch.cuda.CUDAGraph()

@@ -16,8 +16,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from mmseg_resnest.checkpoints import load_pretrained_backbone
+from mmseg_resnest.conv import AvgPool2d
 from mmseg_resnest.norm import batch_norm_parts
-from mmseg_resnest.ops import conv_relu
+from mmseg_resnest.ops import conv_relu, weighted_sum
 from mmseg_resnest.registry import MODELS
 from mmseg_resnest.training_pass import call
 from mmseg_resnest.variants import ARCHITECTURES
@@ -102,15 +103,29 @@ class SplitAttentionConv2d(nn.Module):
     def forward(self, x: Tensor | Sequence[Tensor]) -> Tensor:
         """Maps (B, C, H, W), or for ``'split'`` its parts (B, C / radix, H, W), to (B, C, H / stride, W / stride)."""
         splits = self._splits(x)
-        pooled = sum(splits[1:], splits[0]).mean((2, 3), keepdim=True)
-        attention = self._normalise(self.fc2(self.relu(self.bn1(self.fc1(pooled)))))
-        weighted = [weight * split for weight, split in zip(attention, splits, strict=True)]
-        return sum(weighted[1:], weighted[0])
+        attention = self._normalise(self._attention(self._pooled(splits)))
+        return weighted_sum(splits, attention)
+
+    def _attention(self, pooled: Tensor) -> Tensor:
+        """Maps (B, C, 1, 1) to fc2's (B, R * C, 1, 1)."""
+        if self._is_folded() and self.groups == 1 and not torch.compiler.is_compiling():
+            hidden = F.relu(_linear(pooled, self.fc1), inplace=True)  # cuDNN takes longer to launch, and to plan
+            return _linear(hidden, self.fc2)
+        return self.fc2(self.relu(self.bn1(self.fc1(pooled))))
+
+    def _pooled(self, splits: Sequence[Tensor]) -> Tensor:
+        """Returns s (B, C, 1, 1), the mean of the sum of the splits."""
+        if self._is_folded() and not torch.compiler.is_compiling():
+            splits = [split.mean((2, 3), keepdim=True) for split in splits]  # the sum is never written
+        return sum(splits[1:], splits[0]).mean((2, 3), keepdim=True)
+
+    def _is_folded(self) -> bool:
+        return isinstance(self.bn0, nn.Identity)
 
     def _splits(self, x: Tensor | Sequence[Tensor]) -> Sequence[Tensor]:
         """Returns the splits U_r, each (B, C, H / stride, W / stride)."""
         conv = self.conv
-        folded = isinstance(self.bn0, nn.Identity)
+        folded = self._is_folded()
         run = conv_relu if folded else F.conv2d
         steps = conv.stride, conv.padding, conv.dilation
         if not isinstance(x, Tensor):
@@ -137,6 +152,11 @@ def _conv_norm_relu(x: Tensor, conv: nn.Conv2d, norm: nn.Module, shortcut: Tenso
         return conv_relu(x, conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups, shortcut)
     out = norm(conv(x))
     return F.relu(out if shortcut is None else out + shortcut, inplace=True)
+
+
+def _linear(x: Tensor, conv: nn.Conv2d) -> Tensor:
+    """Applies a 1x1 convolution to (B, C, 1, 1)."""
+    return F.linear(x.flatten(1), conv.weight.flatten(1), conv.bias)[..., None, None]
 
 
 def _without_groups(weight: Tensor, groups: int) -> Tensor:
@@ -183,7 +203,7 @@ class Bottleneck(nn.Module):
         with_cp: bool,
     ) -> None:
         super().__init__()
-        pool = nn.AvgPool2d(3, stride, padding=1) if average else None
+        pool = AvgPool2d(3, stride, padding=1) if average else None
         self.with_cp = with_cp
         self.conv1 = nn.Conv2d(in_channels, width, 1, bias=False)
         self.bn1 = norm(width)
@@ -331,7 +351,6 @@ class ResNeSt(BaseModule):
             nn.Conv2d(stem_width, stem_width * 2, 3, 1, 1, bias=False),
         )
         self.bn1 = norm(stem_width * 2)
-        self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.MaxPool2d(3, 2, 1)
         channels = stem_width * 2
         for i, (stride, dilation) in enumerate(zip(*LAYOUTS[output_stride], strict=True)):
@@ -362,7 +381,10 @@ class ResNeSt(BaseModule):
         return tuple(features[i] for i in self.out_indices)
 
     def _stem(self, x: Tensor) -> Tensor:
-        return self.maxpool(self.relu(self.bn1(self.conv1(x))))
+        *before, last = self.conv1
+        for conv, norm in zip(before[::3], before[1::3], strict=True):
+            x = _conv_norm_relu(x, conv, norm)
+        return self.maxpool(_conv_norm_relu(x, last, self.bn1))
 
     def init_weights(self) -> None:
         """Initialises the weights as ``init_cfg`` says; pretrained ones must fit, key by key.
@@ -405,9 +427,9 @@ def _norm_layer(norm_cfg: dict, channels: int) -> nn.Module:
 
 def _shortcut_pool(stride: int, dilation: int, graph: str) -> nn.Module:
     if stride > 1:
-        return nn.AvgPool2d(stride, stride, ceil_mode=True, count_include_pad=False)
+        return AvgPool2d(stride, stride, ceil_mode=True, count_include_pad=False)
     if dilation > 1 and graph == 'timm':
-        return nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), nn.AvgPool2d(2, 1))
+        return nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), AvgPool2d(2, 1))
     return nn.Identity()
 
 

@@ -13,7 +13,7 @@ from mmseg.utils import OptSampleList, SampleList, add_prefix
 from torch import Tensor, nn
 
 from mmseg_resnest.inference import cudnn_search, finish, placement_of, slide
-from mmseg_resnest.ops import upsample_cross_entropy
+from mmseg_resnest.ops import Placement, upsample_cross_entropy
 from mmseg_resnest.registry import MODELS
 from mmseg_resnest.resnest import ResNeSt
 from mmseg_resnest.training_pass import TrainingGraphs, call, compiled_call
@@ -165,6 +165,16 @@ class EncoderDecoder(_EncoderDecoder):
             with cudnn_search(enabled=False):
                 return super().predict(inputs, data_samples)
         samples = [SegDataSample() for _ in inputs] if data_samples is None else data_samples
+        logits, placements = self.placed_logits(inputs, samples)
+        threshold = self.decode_head.threshold if self.out_channels == 1 else None
+        finish(logits, samples, placements, threshold, self.test_cfg.get('upsample_argmax'))
+        return samples
+
+    def placed_logits(self, inputs: Tensor, samples: SampleList) -> tuple[Tensor, list[Placement]]:
+        """Returns logits (N, C, h, w) of images (N, 3, H, W), and how those of each come to lie on its image.
+
+        They are full-resolution ones for ``test_cfg.mode='slide'``.
+        """
         if self.test_cfg.get('mode', 'whole') == 'slide':
             via = inputs.shape[2:]
             logits = self.slide_inference(inputs, [sample.metainfo for sample in samples])
@@ -172,10 +182,7 @@ class EncoderDecoder(_EncoderDecoder):
             first = samples[0].metainfo
             via = first.get('pad_shape') or first.get('img_shape') or inputs.shape[2:]
             logits = self.low_resolution_logits(inputs)
-        placements = [placement_of(sample, tuple(via[:2]), self.align_corners) for sample in samples]
-        threshold = self.decode_head.threshold if self.out_channels == 1 else None
-        finish(logits, samples, placements, threshold, self.test_cfg.get('upsample_argmax'))
-        return samples
+        return logits, [placement_of(sample, tuple(via[:2]), self.align_corners) for sample in samples]
 
     def low_resolution_logits(self, inputs: Tensor) -> Tensor:
         """Maps images (N, 3, H, W) to the decode head's logits (N, C, h, w); cuDNN does not search."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mmseg_resnest.inference import WINDOWS
-from mmseg_resnest.ops import Placement, place, upsample_argmax
+from mmseg_resnest.ops import Placement, place, upsample_argmax, upsample_softmax
 from mmseg_resnest.registry import MODELS
 from mmseg_resnest.segmentor import EncoderDecoder, has_plain_predict
 
@@ -23,8 +23,9 @@ SCORES = 1 << 29  # 2 GiB, of the images that run together
 class TTAModel(BaseTTAModel):
     """mmsegmentation's SegTTAModel: the mean of the softmax over an image's augmentations, and its highest class.
 
-    It keeps that one sum, where SegTTAModel keeps the logits of all augmentations; those of one size, mirrored or not,
-    run through the network together, of as many images of the batch as have ``SCORES`` scores. For one channel the
+    It keeps that one sum, to which probabilities are added from low-resolution logits; SegTTAModel keeps
+    the full-resolution logits of all augmentations. Those of one size, mirrored or not, run through the network
+    together, of as many images of the batch as have ``SCORES`` scores. For one channel the
     mean is of the probabilities: SegTTAModel takes the sigmoid of what is a probability already, which is above 0.5
     everywhere.
 
@@ -35,7 +36,7 @@ class TTAModel(BaseTTAModel):
 
     def merge_preds(self, data_samples_list: list[Sequence[SegDataSample]]) -> list[SegDataSample]:
         """Merges the samples of each image, one an augmentation; ``test_step`` does without it."""
-        return [self._merged(samples, sum(map(self._scores, samples)) / len(samples)) for samples in data_samples_list]
+        return [self._merged(samples, sum(map(_scores, samples)) / len(samples)) for samples in data_samples_list]
 
     @torch.no_grad()
     def test_step(self, data: dict) -> list[SegDataSample]:
@@ -58,30 +59,42 @@ class TTAModel(BaseTTAModel):
         return predictions
 
     def _predict(self, data: dict) -> list[SegDataSample]:
+        data = self.module.data_preprocessor.cast_data(data)  # all at once: to move them waits for the GPU
+        totals: list[Tensor] = []
         count = len(data['inputs'][0])
-        means: list[Tensor] = []
-        seen = 0
         for _, group in groupby(range(len(data['inputs'])), lambda i: [x.shape for x in data['inputs'][i]]):
             group = list(group)
             batch = {key: [item for i in group for item in data[key][i]] for key in ('inputs', 'data_samples')}
-            samples = self.module.test_step(batch)
-            for start in range(0, len(samples), count):
-                seen += 1
-                for i, sample in enumerate(samples[start : start + count]):
-                    scores = self._scores(sample)
-                    if seen == 1:
-                        means.append(scores)
-                    else:
-                        means[i].add_(scores)
-        firsts = data['data_samples'][0]
-        lasts = samples[-count:]
-        return [
-            self._merged((first, last), mean.div_(seen)) for first, last, mean in zip(firsts, lasts, means, strict=True)
-        ]
+            samples = self._add_scores(batch, totals, count)
+        means = [total.div_(len(data['inputs'])) for total in totals]
+        firsts, lasts = data['data_samples'][0], samples[-count:]
+        return [self._merged(samples, mean) for *samples, mean in zip(firsts, lasts, means, strict=True)]
 
-    def _scores(self, sample: SegDataSample) -> Tensor:
-        logits = sample.seg_logits.data
-        return logits.softmax(0) if len(logits) > 1 else logits.clone()
+    def _add_scores(self, batch: dict, totals: list[Tensor], count: int) -> list[SegDataSample]:
+        """Adds to each image's total the scores of its augmentations in a batch; at first there are no totals.
+
+        Args:
+            batch: As a segmentor gets it; every ``count`` images another augmentation begins.
+            totals: (C, H, W) of each image.
+            count: How many images there are.
+
+        Returns:
+            The batch's samples.
+        """
+        module = self.module
+        if not (isinstance(module, EncoderDecoder) and has_plain_predict(module.decode_head)):
+            samples = module.test_step(batch)
+            totals.extend(torch.zeros_like(sample.seg_logits.data) for sample in samples[: 0 if totals else count])
+            for i, sample in enumerate(samples):
+                totals[i % count] += _scores(sample)
+            return samples
+        batch = module.data_preprocessor(batch)
+        logits, placements = module.placed_logits(batch['inputs'], batch['data_samples'])
+        for placement in placements[: 0 if totals else count]:
+            totals.append(logits.new_zeros(logits.shape[1], *placement.size, dtype=torch.float32))
+        for i, placement in enumerate(placements):
+            upsample_softmax(logits[i : i + 1], placement, totals[i % count][None])
+        return batch['data_samples']
 
     def _merged(self, samples: Sequence[SegDataSample], mean: Tensor) -> SegDataSample:
         """Returns the last augmentation's sample with the merged prediction, as SegTTAModel does."""
@@ -95,6 +108,11 @@ class TTAModel(BaseTTAModel):
             merged.gt_sem_seg = first.gt_sem_seg
         merged.set_metainfo(dict(img_path=first.get('img_path')))
         return merged
+
+
+def _scores(sample: SegDataSample) -> Tensor:
+    logits = sample.seg_logits.data
+    return logits.softmax(0) if len(logits) > 1 else logits
 
 
 @MODELS.register_module()

@@ -12,7 +12,7 @@ LAYOUTS = ('contiguous', 'channels_last', 'sliced')
 
 def assert_equal(x, weight, dilation):
     truth = F.conv2d(x, weight, padding=dilation, dilation=dilation)
-    found = dilated_conv2d(x, weight, dilation)
+    found = dilated_conv2d(x, weight, None, dilation)
     gradient = torch.randn_like(truth)
     assert torch.allclose(found, truth, rtol=1e-12, atol=1e-12)
     for a, b in zip(*(torch.autograd.grad(y, (x, weight), gradient) for y in (found, truth)), strict=True):
