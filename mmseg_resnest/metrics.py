@@ -17,7 +17,7 @@ from mmseg_resnest.registry import METRICS
 from mmseg_resnest.transforms import expected_labels, listing, out_of_range
 
 # A GPU is asked so seldom, in images, whether their values were right: each time it must have done all its work.
-CHECKED_TOGETHER = 8
+CHECKED_TOGETHER = 32
 
 
 @METRICS.register_module()

@@ -238,6 +238,7 @@ def test_joint_counts(classes, dtypes, seed):
 def test_a_gpus_images_are_checked_together(monkeypatch):
     """As on a GPU, where values are looked at every few images and at the end: the message names the right one."""
     monkeypatch.setattr(IoUMetric, '_looks_at_once', lambda self, table: False)
+    monkeypatch.setattr('mmseg_resnest.metrics.CHECKED_TOGETHER', 8)
     metric = IoUMetric(iou_metrics=['mIoU'])
     metric.dataset_meta = dict(classes=CLASSES)
 

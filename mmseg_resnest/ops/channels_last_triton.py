@@ -8,13 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-TILE = 4096  # values
-
-
-def _tile(pixels: int, channels: int) -> tuple[int, int]:
-    """Returns how many pixels and channels a program owns."""
-    channels = min(triton.next_power_of_2(channels), 128)
-    return min(TILE // channels, triton.next_power_of_2(pixels)), channels
+TILE = 64, 64  # pixels and channels: one for all sizes, so that a kernel is compiled once
 
 
 @triton.jit(do_not_specialize=['P'])
@@ -50,16 +44,15 @@ def weighted_sum_of_two(a: Tensor, b: Tensor, weight_a: Tensor, weight_b: Tensor
     weight_a, weight_b = (w if w.stride(1) == 1 else w.contiguous() for w in (weight_a, weight_b))
     images, channels, height, width = a.shape
     out = torch.empty_like(a, memory_format=torch.channels_last)
-    tile = _tile(height * width, channels)
     with torch.cuda.device_of(a):
-        weighted_sum_kernel[triton.cdiv(height * width, tile[0]), triton.cdiv(channels, tile[1]), images](
+        weighted_sum_kernel[triton.cdiv(height * width, TILE[0]), triton.cdiv(channels, TILE[1]), images](
             a, b, weight_a, weight_b, out, height * width, channels, a.stride(3), b.stride(3), weight_a.stride(0),
-            weight_b.stride(0), *tile,
+            weight_b.stride(0), *TILE,
         )  # fmt: skip
     return out
 
 
-@triton.jit(do_not_specialize=['H', 'W', 'P', 'out_width'])
+@triton.jit(do_not_specialize=['H', 'W', 'P', 'out_width', 'step', 'padding'])
 def pool_kernel(
     x,  # (N, H, W, C), pixels `stride_x` apart
     out,  # (N, P, C) with P = H' * W'
@@ -69,9 +62,9 @@ def pool_kernel(
     out_width,
     C,
     stride_x,
+    step,
+    padding,
     SIDE: tl.constexpr,
-    STEP: tl.constexpr,
-    PADDING: tl.constexpr,
     COUNTS_PADDING: tl.constexpr,
     PIXELS: tl.constexpr,
     CHANNELS: tl.constexpr,
@@ -79,7 +72,7 @@ def pool_kernel(
     n = tl.program_id(2).to(tl.int64)
     p = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS)
     c = (tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS))[None, :]
-    top, left = p // out_width * STEP - PADDING, p % out_width * STEP - PADDING
+    top, left = p // out_width * step - padding, p % out_width * step - padding
     total = tl.zeros((PIXELS, CHANNELS), tl.float32)
     count = tl.zeros((PIXELS,), tl.float32)
     for i in tl.static_range(SIDE):
@@ -101,23 +94,11 @@ def pooled(x: Tensor, side: int, step: int, padding: int, ceil_mode: bool, count
     options = dict(dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     out = torch.empty(images, channels, out_height, out_width, **options)
     pixels = out_height * out_width
-    tile = _tile(pixels, channels)
     with torch.cuda.device_of(x):
-        pool_kernel[triton.cdiv(pixels, tile[0]), triton.cdiv(channels, tile[1]), images](
-            x,
-            out,
-            height,
-            width,
-            pixels,
-            out_width,
-            channels,
-            x.stride(3),
-            side,
-            step,
-            padding,
-            count_include_pad,
-            *tile,
-        )
+        pool_kernel[triton.cdiv(pixels, TILE[0]), triton.cdiv(channels, TILE[1]), images](
+            x, out, height, width, pixels, out_width, channels, x.stride(3), step, padding, side, count_include_pad,
+            *TILE,
+        )  # fmt: skip
     return out
 
 
@@ -175,10 +156,9 @@ def dilated_conv(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int) 
         products.append(torch.bmm(rows, matrix.expand(images, -1, -1)))
     outputs = len(weight)
     out = products[1].new_empty(images, height, width, outputs)
-    tile = _tile(width, outputs)
     with torch.cuda.device_of(x):
-        shifted_sum_kernel[images * height, triton.cdiv(width, tile[0]), triton.cdiv(outputs, tile[1])](
+        shifted_sum_kernel[images * height, triton.cdiv(width, TILE[0]), triton.cdiv(outputs, TILE[1])](
             *products, products[1] if bias is None else bias, out, height, width, outputs, dilation, bias is not None,
-            *tile,
+            *TILE,
         )  # fmt: skip
     return out.permute(0, 3, 1, 2)

@@ -9,33 +9,27 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.nn import functional as F
 
-from mmseg_resnest.ops.placement import Placement, Taps, column_taps, label_type, row_taps
-
-LOG2E = tl.constexpr(1.4426950408889634)
-LOWEST = tl.constexpr(-3.4e38)
-BLOCK = 128
+from mmseg_resnest.ops.placement import Placement, column_taps, label_type, row_taps
+from mmseg_resnest.ops.taps_triton import BLOCK, LOG2E, LOWEST, along_row, tap
 
 
-@triton.jit
+@triton.jit(do_not_specialize=['W', 'height', 'width'])
 def argmax_kernel(
-    logits,  # (N, C, h, w), by strides
+    logits,  # (N, C, height, width)
     row_index,  # (H, ROWS) int64
     row_weight,  # (H, ROWS) float32
-    column_index,  # (W, COLUMNS) int64, COLUMNS a power of two
+    column_index,  # (W, COLUMNS) int64
     column_weight,  # (W, COLUMNS) float32
     labels,  # (N, H, W)
     confidences,  # (N, H, W) float32
     C,
     W,
-    stride_n,
-    stride_c,
-    stride_h,
-    stride_w,
+    height,
+    width,
     threshold,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr,  # up to 4
+    COLUMNS: tl.constexpr,  # up to 4
     BINARY: tl.constexpr,
     CONFIDENCE: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -44,20 +38,27 @@ def argmax_kernel(
     y = tl.program_id(1)
     n = tl.program_id(2).to(tl.int64)
     pixel = x < W
-    tap = tl.arange(0, COLUMNS)[:, None] + x[None, :] * COLUMNS
-    columns = tl.load(column_index + tap, mask=pixel[None, :], other=0) * stride_w
-    shares = tl.load(column_weight + tap, mask=pixel[None, :], other=0.0)
-    plane = logits + n * stride_n
+    x0, w0 = tap(column_index, column_weight, x, pixel, 0, COLUMNS)
+    x1, w1 = tap(column_index, column_weight, x, pixel, 1, COLUMNS)
+    x2, w2 = tap(column_index, column_weight, x, pixel, 2, COLUMNS)
+    x3, w3 = tap(column_index, column_weight, x, pixel, 3, COLUMNS)
+    y0, v0 = tap(row_index, row_weight, y, True, 0, ROWS)
+    y1, v1 = tap(row_index, row_weight, y, True, 1, ROWS)
+    y2, v2 = tap(row_index, row_weight, y, True, 2, ROWS)
+    y3, v3 = tap(row_index, row_weight, y, True, 3, ROWS)
+    plane = logits + n * C * height * width
     best = tl.full((BLOCK,), LOWEST, tl.float32)
     label = tl.zeros((BLOCK,), tl.int32)
     total = tl.zeros((BLOCK,), tl.float32)  # sum over c of exp(z[c] - best)
     for c in range(C):
-        z = tl.zeros((BLOCK,), tl.float32)
-        for i in tl.static_range(ROWS):
-            row = plane + tl.load(row_index + y * ROWS + i) * stride_h
-            v = tl.load(row + columns, mask=pixel[None, :], other=0.0).to(tl.float32)
-            z = tl.fma(tl.sum(v * shares, axis=0), tl.load(row_weight + y * ROWS + i), z)
-        plane += stride_c
+        z = along_row(plane + y0 * width, x0, x1, x2, x3, w0, w1, w2, w3, COLUMNS) * v0
+        if ROWS > 1:
+            z = tl.fma(along_row(plane + y1 * width, x0, x1, x2, x3, w0, w1, w2, w3, COLUMNS), v1, z)
+        if ROWS > 2:
+            z = tl.fma(along_row(plane + y2 * width, x0, x1, x2, x3, w0, w1, w2, w3, COLUMNS), v2, z)
+        if ROWS > 3:
+            z = tl.fma(along_row(plane + y3 * width, x0, x1, x2, x3, w0, w1, w2, w3, COLUMNS), v3, z)
+        plane += height * width
         better = z > best
         if CONFIDENCE:
             highest = tl.maximum(best, z)
@@ -76,30 +77,20 @@ def argmax_kernel(
         tl.store(confidences + place, sure, mask=pixel)
 
 
-def _even(taps: Taps) -> Taps:
-    """Repeats the last tap without weight, so that there are a power of two."""
-    count = taps.index.shape[1]
-    missing = triton.next_power_of_2(count) - count
-    if not missing:
-        return taps
-    index = torch.cat([taps.index, taps.index[:, -1:].expand(-1, missing)], 1)
-    return Taps(index, F.pad(taps.weight, (0, missing)))
-
-
 def labels_and_confidence(
     logits: Tensor, placement: Placement, threshold: float | None, confidence: bool
 ) -> tuple[Tensor, Tensor | None]:
     """The labels and their confidence; the contract is that of ``upsample_argmax``."""
-    logits = logits.detach()
+    logits = logits.detach().contiguous()  # a class's logits side by side: what neighbouring pixels read at a time
     (N, C, h, w), (H, W) = logits.shape, placement.size
     rows = row_taps(h, placement, torch.float32, logits.device)
-    columns = _even(column_taps(w, placement, torch.float32, logits.device))
+    columns = column_taps(w, placement, torch.float32, logits.device)
     labels = torch.empty((N, H, W), dtype=label_type(C), device=logits.device)
     sureness = torch.empty((N, H, W) if confidence else (0,), dtype=torch.float32, device=logits.device)
     with torch.cuda.device_of(logits):
         argmax_kernel[triton.cdiv(W, BLOCK), H, N](
-            logits, *rows, *columns, labels, sureness, C, W, *logits.stride(), threshold or 0.0,
-            ROWS=rows.index.shape[1], COLUMNS=columns.index.shape[1], BINARY=threshold is not None,
-            CONFIDENCE=confidence, BLOCK=BLOCK, num_warps=BLOCK // 32,
+            logits, *rows, *columns, labels, sureness, C, W, h, w, threshold or 0.0, ROWS=rows.index.shape[1],
+            COLUMNS=columns.index.shape[1], BINARY=threshold is not None, CONFIDENCE=confidence, BLOCK=BLOCK,
+            num_warps=BLOCK // 32,
         )  # fmt: skip
     return labels, sureness if confidence else None

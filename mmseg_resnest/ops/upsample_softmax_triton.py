@@ -11,29 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mmseg_resnest.ops.placement import Placement, column_taps, place
-from mmseg_resnest.ops.upsample_argmax_triton import BLOCK, LOG2E, LOWEST
-
-UNROLL = 4  # classes whose logits are on their way at a time
-
-
-@triton.jit
-def _tap(row, index, weight, x, pixel, i: tl.constexpr, COLUMNS: tl.constexpr):
-    """Returns where the i-th tap of columns x lies in a row, and its weight."""
-    column = tl.load(index + x * COLUMNS + i, mask=pixel, other=0)
-    return row + column, tl.load(weight + x * COLUMNS + i, mask=pixel, other=0.0)
-
-
-@triton.jit
-def _logit(tap0, tap1, tap2, tap3, w0, w1, w2, w3, offset, COLUMNS: tl.constexpr):
-    """Returns the logits of one class: a sum over taps, each in a register of its own."""
-    z = tl.load(tap0 + offset) * w0
-    if COLUMNS > 1:
-        z = tl.fma(tl.load(tap1 + offset), w1, z)
-    if COLUMNS > 2:
-        z = tl.fma(tl.load(tap2 + offset), w2, z)
-    if COLUMNS > 3:
-        z = tl.fma(tl.load(tap3 + offset), w3, z)
-    return z
+from mmseg_resnest.ops.taps_triton import BLOCK, LOG2E, LOWEST, along_row, tap
 
 
 @triton.jit(do_not_specialize=['C', 'W', 'width'])
@@ -48,33 +26,35 @@ def softmax_kernel(
     COLUMNS: tl.constexpr,  # up to 4
     BINARY: tl.constexpr,
     BLOCK: tl.constexpr,
-    UNROLL: tl.constexpr,
 ):
     x = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     y, H = tl.program_id(1), tl.num_programs(1)
     n = tl.program_id(2).to(tl.int64)
     pixel = x < W
-    row = logits + (n * C * H + y) * width
-    tap0, w0 = _tap(row, index, weight, x, pixel, 0, COLUMNS)
-    tap1, w1 = _tap(row, index, weight, x, pixel, min(1, COLUMNS - 1), COLUMNS)
-    tap2, w2 = _tap(row, index, weight, x, pixel, min(2, COLUMNS - 1), COLUMNS)
-    tap3, w3 = _tap(row, index, weight, x, pixel, min(3, COLUMNS - 1), COLUMNS)
+    x0, w0 = tap(index, weight, x, pixel, 0, COLUMNS)
+    x1, w1 = tap(index, weight, x, pixel, 1, COLUMNS)
+    x2, w2 = tap(index, weight, x, pixel, 2, COLUMNS)
+    x3, w3 = tap(index, weight, x, pixel, 3, COLUMNS)
+    first = logits + (n * C * H + y) * width
     best = tl.full((BLOCK,), LOWEST, tl.float32)
     exponentials = tl.zeros((BLOCK,), tl.float32)  # sum over c of exp(z[c] - best)
-    plane = (H * width).to(tl.int64)
+    row = first
     if not BINARY:
-        for c in tl.range(0, C, loop_unroll_factor=UNROLL):
-            z = _logit(tap0, tap1, tap2, tap3, w0, w1, w2, w3, c * plane, COLUMNS)
+        for _ in range(C):
+            z = along_row(row, x0, x1, x2, x3, w0, w1, w2, w3, COLUMNS)
+            row += H * width
             highest = tl.maximum(best, z)
             exponentials = exponentials * tl.exp2((best - highest) * LOG2E) + tl.exp2((z - highest) * LOG2E)
             best = highest
 
-    sums = total + (n * C * H + y) * W + x
-    for c in tl.range(0, C, loop_unroll_factor=UNROLL):
-        z = _logit(tap0, tap1, tap2, tap3, w0, w1, w2, w3, c * plane, COLUMNS)
+    row = first
+    place = total + (n * C * H + y) * W + x
+    for _ in range(C):
+        z = along_row(row, x0, x1, x2, x3, w0, w1, w2, w3, COLUMNS)
+        row += H * width
         probability = 1 / (1 + tl.exp2(-z * LOG2E)) if BINARY else tl.exp2((z - best) * LOG2E) / exponentials
-        place = sums + c * (H * W).to(tl.int64)
         tl.store(place, tl.load(place, mask=pixel) + probability, mask=pixel)
+        place += H * W
 
 
 def add_probabilities(logits: Tensor, placement: Placement, total: Tensor) -> None:
@@ -85,7 +65,7 @@ def add_probabilities(logits: Tensor, placement: Placement, total: Tensor) -> No
     with torch.cuda.device_of(logits):
         softmax_kernel[triton.cdiv(W, BLOCK), H, N](
             logits, *columns, total, C, W, logits.shape[3], COLUMNS=columns.index.shape[1], BINARY=C == 1, BLOCK=BLOCK,
-            UNROLL=UNROLL, num_warps=BLOCK // 32,
+            num_warps=BLOCK // 32,
         )  # fmt: skip
 
 
