@@ -17,7 +17,8 @@ from mmseg_resnest.segmentor import EncoderDecoder, has_plain_predict
 Network = Callable[[Tensor], Tensor]
 REPEATS = 4  # of a size before it is captured, which takes about as long as that many runs
 GRAPHS = 16  # that are kept, of the sizes used last
-LARGE = 1 << 22  # pixels of a batch, for which a GPU computes as long as Python launches: 22 ms on an H200
+LARGE = 1 << 22  # pixels of a batch: a GPU computes for longer than Python launches, some 20 ms
+FILLED = 1 << 24  # pixels that may be computed for nothing where that takes less than a new size, 0.1 s
 COMPILED = 8  # sizes, as many as torch compiles of one function
 
 
@@ -88,7 +89,9 @@ def _cast(dtype: torch.dtype, layout: torch.memory_format, _: nn.Module, args: t
 class GraphedBySize:
     """A network that runs from a CUDA graph, compiled or not, where an input's size has come ``REPEATS`` times.
 
-    What is not compiled and has ``LARGE`` pixels would not win anything by it.
+    A batch of ``LARGE`` pixels that is not compiled would not win anything by it. A batch of fewer images than one
+    before, as a data set's last of a size, is filled up with zeros until it has come as often: cuDNN plans for each
+    number of images anew.
 
     Args:
         network: Maps images (N, 3, H, W) to logits.
@@ -99,6 +102,7 @@ class GraphedBySize:
         self.network = network
         self.compiled = torch.compile(network, dynamic=False) if compiles else None
         self._seen: Counter[torch.Size] = Counter()
+        self._planned: set[torch.Size] = set()
         self._graphs: OrderedDict[torch.Size, Network] = OrderedDict()
         self._compiled_sizes: set[torch.Size] = set()
         self._pool: tuple[int, int] | None = None
@@ -117,12 +121,24 @@ class GraphedBySize:
         if size in self._graphs:
             self._graphs.move_to_end(size)
             return self._graphs[size](images)
-        if self._seen[size] < REPEATS or (self.compiled is None and size.numel() >= LARGE * size[1]):
+        if self._seen[size] < REPEATS and (count := self._more_images(size)):
+            zeros = images.new_zeros(count - len(images), *size[1:])
+            return self._run(torch.cat([images, zeros]))[: len(images)]
+        self._planned.add(size)
+        is_large = size.numel() // size[1] >= LARGE
+        if self._seen[size] < REPEATS or (is_large and self.compiled is None):
             return self.network(images)
         self._graphs[size] = self._capture(self._choose(size), images)
         if len(self._graphs) > GRAPHS:
             self._graphs.popitem(last=False)
         return self._graphs[size](images)
+
+    def _more_images(self, size: torch.Size) -> int | None:
+        """Returns with how many images a batch of this height and width has run, if not with as many."""
+        count, pixels = size[0], size[2] * size[3]
+        counts = [other[0] for other in self._planned if other[1:] == size[1:] and other[0] >= count]
+        more = min(counts, default=count)
+        return more if 0 < (more - count) * pixels <= FILLED else None
 
     def _choose(self, size: torch.Size) -> Network:
         if self.compiled is None or len(self._compiled_sizes | {size}) > COMPILED:

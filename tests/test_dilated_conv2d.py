@@ -3,9 +3,11 @@
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_channels_last import HALVES, MAPS, feature_map
 from torch.nn import functional as F
 
 from mmseg_resnest.ops import dilated_conv2d
+from mmseg_resnest.ops.channels_last_triton import dilated_conv
 
 LAYOUTS = ('contiguous', 'channels_last', 'sliced')
 
@@ -43,3 +45,27 @@ def test_output_is_channels_last():
     x, weight = torch.randn(2, 3, 20, 16).double(), torch.randn(4, 3, 3, 3).double()
     found = assert_equal(x.requires_grad_(), weight.requires_grad_(), 12)
     assert found.is_contiguous(memory_format=torch.channels_last)
+
+
+@settings(deadline=None, max_examples=20)
+@given(
+    shape=MAPS,
+    outputs=st.integers(1, 9),
+    dilation=st.integers(1, 13),
+    bias=st.booleans(),
+    dtype=st.sampled_from(HALVES),
+)
+def test_the_kernel(shape, outputs, dilation, bias, dtype):
+    """Products are rounded to the dtype, their sum in float32 to it once more."""
+    x = feature_map(*shape, dtype=dtype)
+    weight = torch.randn(outputs, shape[1], 3, 3, generator=torch.Generator().manual_seed(1)).to(x)
+    bias = torch.randn(outputs).to(x) if bias else None
+    padded = dict(padding=dilation, dilation=dilation)
+    doubles = [None if tensor is None else tensor.double() for tensor in (x, weight, bias)]
+    truth = F.conv2d(*doubles, **padded)
+    magnitude = F.conv2d(*(None if tensor is None else tensor.abs() for tensor in doubles), **padded)
+    found = dilated_conv(x, weight, bias, dilation)
+    assert found.dtype == dtype
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    assert ((found.double() - truth).abs() <= torch.finfo(dtype).eps * magnitude + 1e-6).all()
+    assert torch.allclose(dilated_conv2d(*doubles, dilation), truth, rtol=1e-12, atol=1e-12)

@@ -35,6 +35,8 @@ def test_segmentors(head):
     assert norms > 25
     assert fold_batch_norms(model, lambda: model._forward(x[:1])) == norms
     assert not any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+    shortcuts = [block.downsample[1] for block in model.modules() if getattr(block, 'downsample', None) is not None]
+    assert [shortcut.bias for shortcut in shortcuts] == [None] * 4  # their blocks' last convolutions add them
     with torch.no_grad():
         assert (model._forward(x) - truth).abs().max() < 1e-10 * truth.abs().max()
 

@@ -123,6 +123,43 @@ def test_sizes_that_repeat_are_captured(monkeypatch):
 
 
 @pytest.mark.parametrize('compiles', [False, True])
+def test_large_batches_are_captured_only_if_they_are_compiled(compiles, monkeypatch):
+    captured = []
+    monkeypatch.setattr(
+        GraphedBySize, '_capture', lambda self, network, images: captured.append(tuple(images.shape)) or network
+    )
+    monkeypatch.setattr(mmseg_resnest.network, 'LARGE', 32)
+    network = GraphedBySize(lambda images: images + 1, compiles)
+    network.compiled = network.compiled and network.network
+    for _ in range(5):
+        network(torch.zeros(1, 3, 4, 7))
+        network(torch.zeros(2, 3, 4, 4))
+    assert captured == [(1, 3, 4, 7)] + [(2, 3, 4, 4)] * compiles
+
+
+def test_a_batch_of_fewer_images_is_filled_up_until_it_repeats(monkeypatch):
+    ran = []
+    network = GraphedBySize(lambda images: ran.append(tuple(images.shape)) or images + 1, compiles=False)
+    monkeypatch.setattr(network, '_capture', lambda run, images: lambda x: ran.append(('graph', len(x))) or run(x))
+    monkeypatch.setattr(mmseg_resnest.network, 'FILLED', 12)
+
+    def run(count, side=2):
+        images = torch.randn(count, 3, side, side)
+        assert torch.equal(network(images), images + 1)
+
+    run(4)
+    for count in (1, 3, 3, 2, 5, 4, 3, 3):
+        run(count)
+    run(4, 3)
+    run(3, 3)
+    run(2, 3)  # whose two would be 18 pixels
+    filled = [(4, 3, 2, 2)] * 5
+    graphs = [('graph', 4), (4, 3, 2, 2)], [('graph', 3), (3, 3, 2, 2)]
+    expected = [*filled[:3], *graphs[0], *graphs[0], (5, 3, 2, 2), *graphs[0], *graphs[0], *graphs[1]]
+    assert ran == [*expected, (4, 3, 3, 3), (4, 3, 3, 3), (2, 3, 3, 3)]
+
+
+@pytest.mark.parametrize('compiles', [False, True])
 def test_what_is_compiled_is_searched_for_algorithms_from_its_first_run_on(compiles):
     searches = []
     network = GraphedBySize(lambda images: searches.append(torch.backends.cudnn.benchmark), compiles)

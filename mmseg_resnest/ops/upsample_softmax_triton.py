@@ -35,23 +35,20 @@ def softmax_kernel(
     x1, w1 = tap(index, weight, x, pixel, 1, COLUMNS)
     x2, w2 = tap(index, weight, x, pixel, 2, COLUMNS)
     x3, w3 = tap(index, weight, x, pixel, 3, COLUMNS)
-    first = logits + (n * C * H + y) * width
+    row = logits + (n * C * H + y) * width
+    plane = (H * width).to(tl.int64)  # from a class to the next
     best = tl.full((BLOCK,), LOWEST, tl.float32)
     exponentials = tl.zeros((BLOCK,), tl.float32)  # sum over c of exp(z[c] - best)
-    row = first
     if not BINARY:
-        for _ in range(C):
-            z = along_row(row, x0, x1, x2, x3, w0, w1, w2, w3, COLUMNS)
-            row += H * width
+        for c in range(C):
+            z = along_row(row + c * plane, x0, x1, x2, x3, w0, w1, w2, w3, COLUMNS)
             highest = tl.maximum(best, z)
             exponentials = exponentials * tl.exp2((best - highest) * LOG2E) + tl.exp2((z - highest) * LOG2E)
             best = highest
 
-    row = first
     place = total + (n * C * H + y) * W + x
-    for _ in range(C):
-        z = along_row(row, x0, x1, x2, x3, w0, w1, w2, w3, COLUMNS)
-        row += H * width
+    for c in range(C):
+        z = along_row(row + c * plane, x0, x1, x2, x3, w0, w1, w2, w3, COLUMNS)
         probability = 1 / (1 + tl.exp2(-z * LOG2E)) if BINARY else tl.exp2((z - best) * LOG2E) / exponentials
         tl.store(place, tl.load(place, mask=pixel) + probability, mask=pixel)
         place += H * W
