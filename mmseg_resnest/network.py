@@ -17,7 +17,7 @@ from mmseg_resnest.segmentor import EncoderDecoder, has_plain_predict
 Network = Callable[[Tensor], Tensor]
 REPEATS = 4  # of a size before it is captured, which takes about as long as that many runs
 GRAPHS = 16  # that are kept, of the sizes used last
-LARGE = 1 << 22  # pixels of a batch: a GPU computes for longer than Python launches, some 20 ms
+LARGE = 1 << 22  # pixels of a batch: a GPU computes as long as Python launches, some 20 ms
 FILLED = 1 << 24  # pixels that may be computed for nothing where that takes less than a new size, 0.1 s
 COMPILED = 8  # sizes, as many as torch compiles of one function
 

@@ -116,7 +116,8 @@ class SplitAttentionConv2d(nn.Module):
     def _pooled(self, splits: Sequence[Tensor]) -> Tensor:
         """Returns s (B, C, 1, 1), the mean of the sum of the splits."""
         if self._is_folded() and not torch.compiler.is_compiling():
-            splits = [split.mean((2, 3), keepdim=True) for split in splits]  # the sum is never written
+            means = [split.mean((2, 3), keepdim=True) for split in splits]  # the sum of the splits is never written
+            return sum(means[1:], means[0])
         return sum(splits[1:], splits[0]).mean((2, 3), keepdim=True)
 
     def _is_folded(self) -> bool:

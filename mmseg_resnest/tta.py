@@ -23,11 +23,10 @@ SCORES = 1 << 29  # 2 GiB, of the images that run together
 class TTAModel(BaseTTAModel):
     """mmsegmentation's SegTTAModel: the mean of the softmax over an image's augmentations, and its highest class.
 
-    It keeps that one sum, to which probabilities are added from low-resolution logits; SegTTAModel keeps
-    the full-resolution logits of all augmentations. Those of one size, mirrored or not, run through the network
-    together, of as many images of the batch as have ``SCORES`` scores. For one channel the
-    mean is of the probabilities: SegTTAModel takes the sigmoid of what is a probability already, which is above 0.5
-    everywhere.
+    It keeps that one sum, to which probabilities are added from low-resolution logits; SegTTAModel keeps the logits of
+    all augmentations, at full resolution. Those of one size, mirrored or not, run through the network together, of as
+    many images of the batch as have ``SCORES`` scores. For one channel the mean is of the probabilities: SegTTAModel
+    takes the sigmoid of what is a probability already, which is above 0.5 everywhere.
 
     Args:
         module: The segmentor, or its config.
@@ -84,16 +83,19 @@ class TTAModel(BaseTTAModel):
         module = self.module
         if not (isinstance(module, EncoderDecoder) and has_plain_predict(module.decode_head)):
             samples = module.test_step(batch)
-            totals.extend(torch.zeros_like(sample.seg_logits.data) for sample in samples[: 0 if totals else count])
+            if not totals:
+                totals.extend(torch.zeros_like(sample.seg_logits.data) for sample in samples[:count])
             for i, sample in enumerate(samples):
                 totals[i % count] += _scores(sample)
             return samples
         batch = module.data_preprocessor(batch)
         logits, placements = module.placed_logits(batch['inputs'], batch['data_samples'])
-        for placement in placements[: 0 if totals else count]:
-            totals.append(logits.new_zeros(logits.shape[1], *placement.size, dtype=torch.float32))
+        if not totals:
+            sizes = [(logits.shape[1], *placement.size) for placement in placements[:count]]
+            totals.extend(logits.new_zeros(size, dtype=torch.float32) for size in sizes)
+        exact = module.test_cfg.get('upsample_argmax') == 'exact'
         for i, placement in enumerate(placements):
-            upsample_softmax(logits[i : i + 1], placement, totals[i % count][None])
+            upsample_softmax(logits[i : i + 1], placement, totals[i % count][None], exact=exact)
         return batch['data_samples']
 
     def _merged(self, samples: Sequence[SegDataSample], mean: Tensor) -> SegDataSample:

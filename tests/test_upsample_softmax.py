@@ -73,6 +73,15 @@ def test_sure_predictions_do_not_overflow(scale):
         assert (added.sum(1) - 1).abs().max() <= 1e-5
 
 
+@pytest.mark.parametrize('classes', [1, 6])
+def test_exactly_it_is_torchs_to_the_bit(classes):
+    logits, placement = make_logits((1, classes, 4, 6), torch.float16), Placement((20, 31), via=(32, 48))
+    total = torch.zeros(1, classes, 20, 31, device=DEVICE)
+    upsample_softmax(logits, placement, total, exact=True)
+    z = mmseg_logits(logits.float(), placement)
+    assert torch.equal(total, z.softmax(1) if classes > 1 else z.sigmoid())
+
+
 def test_another_total_is_refused():
     logits = make_logits((1, 3, 4, 4))
     zeros = partial(torch.zeros, device=DEVICE)

@@ -1,6 +1,6 @@
 """When the kernels of prediction run: without gradients, in half precision, channels-last, and not compiled.
 
-Torch's compiler makes as good ones by itself.
+What is compiled, torch fuses by itself.
 """
 
 import torch

@@ -6,7 +6,7 @@ from torch import Tensor
 from mmseg_resnest.ops.placement import Placement, place
 
 
-def upsample_softmax(logits: Tensor, placement: Placement, total: Tensor) -> None:
+def upsample_softmax(logits: Tensor, placement: Placement, total: Tensor, *, exact: bool = False) -> None:
     """``total += softmax(place(logits, placement), 1)``, in place; for one channel the sigmoid.
 
     On a GPU full-resolution logits are never stored: a kernel reads the low-resolution ones twice.
@@ -15,6 +15,7 @@ def upsample_softmax(logits: Tensor, placement: Placement, total: Tensor) -> Non
         logits: (N, C, h, w), any strides and dtype. Computed in float32.
         placement: How the logits come to lie on the image.
         total: (N, C, H, W), contiguous, float32.
+        exact: Whether torch's own interpolation and softmax compute it on a GPU too.
 
     Raises:
         ValueError: ``total`` is not as above.
@@ -25,7 +26,7 @@ def upsample_softmax(logits: Tensor, placement: Placement, total: Tensor) -> Non
             f'upsample_softmax: total {tuple(total.shape)}, {total.dtype}, strides {total.stride()}; expected {shape}, '
             'torch.float32, contiguous'
         )
-    if logits.is_cuda:
+    if logits.is_cuda and not exact:
         from mmseg_resnest.ops.upsample_softmax_triton import add_probabilities
 
         add_probabilities(logits, placement, total)
