@@ -81,7 +81,7 @@ class TTAModel(BaseTTAModel):
             The batch's samples.
         """
         module = self.module
-        if not (isinstance(module, EncoderDecoder) and has_plain_predict(module.decode_head)):
+        if not _predicts_from_logits(module):
             samples = module.test_step(batch)
             if not totals:
                 totals.extend(torch.zeros_like(sample.seg_logits.data) for sample in samples[:count])
@@ -110,6 +110,12 @@ class TTAModel(BaseTTAModel):
             merged.gt_sem_seg = first.gt_sem_seg
         merged.set_metainfo(dict(img_path=first.get('img_path')))
         return merged
+
+
+def _predicts_from_logits(module: nn.Module) -> bool:
+    """Whether a segmentor's prediction is what our EncoderDecoder makes of low-resolution logits."""
+    is_ours = isinstance(module, EncoderDecoder) and type(module).predict is EncoderDecoder.predict
+    return is_ours and has_plain_predict(module.decode_head)
 
 
 def _scores(sample: SegDataSample) -> Tensor:

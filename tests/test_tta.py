@@ -15,6 +15,7 @@ from tiny import ROOT
 
 from mmseg_resnest import tta
 from mmseg_resnest.network import Speed, speed_up
+from mmseg_resnest.segmentor import EncoderDecoder
 from mmseg_resnest.tta import AuthorsTTAModel, TTAModel
 
 CLASSES = 5
@@ -338,6 +339,24 @@ def test_openmmlabs_keeps_the_sums_of_few_large_images(segmentor, monkeypatch):
     monkeypatch.setattr(tta, 'SCORES', 1)
     TTAModel(module).test_step(augmented([(24, 32)], count=2))
     assert sizes == [(2, 3, 24, 32)] * 2
+
+
+class Cautious(EncoderDecoder):
+    """Doubts the first class."""
+
+    def predict(self, inputs, data_samples=None):
+        samples = super().predict(inputs, data_samples)
+        for sample in samples:
+            sample.seg_logits.data[0] -= 1000
+        return samples
+
+
+def test_openmmlabs_with_a_segmentor_that_predicts_by_itself(segmentor):
+    module = Cautious(**{k: v for k, v in segmentor_config().items() if k != 'type'}).eval()
+    module.load_state_dict(segmentor.state_dict())
+    (sample,) = TTAModel(module).test_step(augmented([(24, 32), (45, 60)]))
+    assert sample.seg_logits.data[0].max() == 0
+    assert (sample.pred_sem_seg.data > 0).all()
 
 
 def test_openmmlabs_with_one_channel():
