@@ -41,7 +41,17 @@ def _in_half_precision(x: Tensor) -> bool:
 
 
 class AvgPool2d(nn.AvgPool2d):
-    """``torch.nn.AvgPool2d`` of square windows, by ``ops.avg_pool2d``."""
+    """``torch.nn.AvgPool2d`` of square windows, by ``ops.avg_pool2d``; it has no ``divisor_override``."""
+
+    def __init__(
+        self,
+        kernel_size: int,
+        stride: int,
+        padding: int = 0,
+        ceil_mode: bool = False,
+        count_include_pad: bool = True,
+    ) -> None:
+        super().__init__(kernel_size, stride, padding, ceil_mode, count_include_pad)
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (N, C, H, W) to (N, C, H', W')."""

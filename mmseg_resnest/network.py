@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from mmseg_resnest.fold import fold_batch_norms
 from mmseg_resnest.inference import cudnn_search
 from mmseg_resnest.optim import DTYPES
-from mmseg_resnest.segmentor import EncoderDecoder, has_plain_predict
+from mmseg_resnest.segmentor import EncoderDecoder, has_plain_predict, predicts_from_logits
 
 Network = Callable[[Tensor], Tensor]
 REPEATS = 4  # of a size before it is captured, which takes about as long as that many runs
 GRAPHS = 16  # that are kept, of the sizes used last
 LARGE = 1 << 22  # pixels of a batch: a GPU computes as long as Python launches, some 20 ms
-FILLED = 1 << 24  # pixels that may be computed for nothing where that takes less than a new size, 0.1 s
+FILLED = 1 << 22  # pixels that may be computed for nothing, 23 ms on an H200, where a new size takes 100 and more
 COMPILED = 8  # sizes, as many as torch compiles of one function
 
 
@@ -51,18 +51,20 @@ def default_speed(device: torch.device) -> Speed:
 def speed_up(model: EncoderDecoder, speed: Speed) -> None:
     """Makes a model with all its weights predict as ``speed`` says, for good; it is put into evaluation mode.
 
-    Where the decode head predicts by itself, only what comes before it is folded, and all else stays as it is.
+    Where the decode head or the model predicts by itself, only what comes before the head is folded, and all else stays
+    as it is.
 
     Raises:
         ValueError: Batch norm cannot be folded.
     """
     model.eval()
     head = model.decode_head
-    plain = has_plain_predict(head)
+    plain = predicts_from_logits(model)
     if not plain:
         speed = replace(speed, dtype='float32', graphs=False)
+        itself = model if has_plain_predict(head) else head
         print_log(
-            f'{type(head).__name__} predicts by itself: the network runs in float32, without CUDA graphs',
+            f'{type(itself).__name__} predicts by itself: the network runs in float32, without CUDA graphs',
             logger='current',
         )
     parameter = next(model.backbone.parameters())
@@ -124,14 +126,17 @@ class GraphedBySize:
         if self._seen[size] < REPEATS and (count := self._more_images(size)):
             zeros = images.new_zeros(count - len(images), *size[1:])
             return self._run(torch.cat([images, zeros]))[: len(images)]
-        self._planned.add(size)
+        self._planned.discard(size)  # until there was memory for it
         is_large = size.numel() // size[1] >= LARGE
         if self._seen[size] < REPEATS or (is_large and self.compiled is None):
-            return self.network(images)
-        self._graphs[size] = self._capture(self._choose(size), images)
-        if len(self._graphs) > GRAPHS:
-            self._graphs.popitem(last=False)
-        return self._graphs[size](images)
+            logits = self.network(images)
+        else:
+            self._graphs[size] = self._capture(self._choose(size), images)
+            logits = self._graphs[size](images)
+            if len(self._graphs) > GRAPHS:
+                self._graphs.popitem(last=False)
+        self._planned.add(size)
+        return logits
 
     def _more_images(self, size: torch.Size) -> int | None:
         """Returns with how many images a batch of this height and width has run, if not with as many."""

@@ -108,7 +108,7 @@ class SplitAttentionConv2d(nn.Module):
 
     def _attention(self, pooled: Tensor) -> Tensor:
         """Maps (B, C, 1, 1) to fc2's (B, R * C, 1, 1)."""
-        if self._is_folded() and self.groups == 1 and not torch.compiler.is_compiling():
+        if isinstance(self.bn1, nn.Identity) and self.groups == 1 and not torch.compiler.is_compiling():
             hidden = F.relu(_linear(pooled, self.fc1), inplace=True)  # cuDNN takes longer to launch, and to plan
             return _linear(hidden, self.fc2)
         return self.fc2(self.relu(self.bn1(self.fc1(pooled))))
@@ -352,6 +352,7 @@ class ResNeSt(BaseModule):
             nn.Conv2d(stem_width, stem_width * 2, 3, 1, 1, bias=False),
         )
         self.bn1 = norm(stem_width * 2)
+        self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.MaxPool2d(3, 2, 1)
         channels = stem_width * 2
         for i, (stride, dilation) in enumerate(zip(*LAYOUTS[output_stride], strict=True)):
@@ -382,6 +383,8 @@ class ResNeSt(BaseModule):
         return tuple(features[i] for i in self.out_indices)
 
     def _stem(self, x: Tensor) -> Tensor:
+        if not isinstance(self.bn1, nn.Identity):
+            return self.maxpool(self.relu(self.bn1(self.conv1(x))))
         *before, last = self.conv1
         for conv, norm in zip(before[::3], before[1::3], strict=True):
             x = _conv_norm_relu(x, conv, norm)

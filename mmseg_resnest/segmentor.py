@@ -20,6 +20,8 @@ from mmseg_resnest.training_pass import TrainingGraphs, call, compiled_call
 
 # The methods through which mmsegmentation's EncoderDecoder computes its losses, and cascades change them.
 LOSS_METHODS = ('extract_feat', '_decode_head_forward_train', '_auxiliary_head_forward_train')
+# Those through which it predicts, and the one by which this project's gets logits.
+PREDICT_METHODS = ('inference', 'whole_inference', 'encode_decode', 'postprocess_result', '_forward')
 
 
 @MODELS.register_module()
@@ -152,7 +154,7 @@ class EncoderDecoder(_EncoderDecoder):
 
         ``seg_logits`` are computed when they are first read. ``test_cfg.upsample_argmax`` chooses an implementation;
         ``'exact'`` gives mmsegmentation's label map to the last pixel. A head with a ``predict`` of its own takes
-        mmsegmentation's path.
+        mmsegmentation's path, and so does a subclass that changes how mmsegmentation's EncoderDecoder predicts.
 
         Args:
             inputs: (N, 3, H, W), normalised.
@@ -161,7 +163,7 @@ class EncoderDecoder(_EncoderDecoder):
         Returns:
             The samples with ``pred_sem_seg`` (1, H, W), uint8 for up to 256 classes, and ``seg_logits`` (C, H, W).
         """
-        if not has_plain_predict(self.decode_head):
+        if not predicts_from_logits(self):
             with cudnn_search(enabled=False):
                 return super().predict(inputs, data_samples)
         samples = [SegDataSample() for _ in inputs] if data_samples is None else data_samples
@@ -191,7 +193,7 @@ class EncoderDecoder(_EncoderDecoder):
 
     def slide_inference(self, inputs: Tensor, batch_img_metas: list[dict]) -> Tensor:
         """Returns the logits (N, C, H, W) of images, averaged over windows that the network gets in batches."""
-        if not has_plain_predict(self.decode_head):
+        if not predicts_from_logits(self):
             return super().slide_inference(inputs, batch_img_metas)
         crop_size, stride = self.test_cfg.crop_size, self.test_cfg.stride
         return slide(
@@ -203,6 +205,12 @@ def has_plain_predict(head: nn.Module) -> bool:
     """Whether a head's prediction is its upsampled output, as BaseDecodeHead has it."""
     methods = ('predict', 'predict_by_feat')
     return all(getattr(type(head), name, None) is getattr(BaseDecodeHead, name) for name in methods)
+
+
+def predicts_from_logits(model: _EncoderDecoder) -> bool:
+    """Whether a segmentor's prediction is its head's upsampled output, as mmsegmentation's EncoderDecoder has it."""
+    plain = all(getattr(type(model), name) is getattr(_EncoderDecoder, name) for name in PREDICT_METHODS)
+    return plain and has_plain_predict(model.decode_head)
 
 
 def why_not_fused(head: nn.Module) -> str:

@@ -14,7 +14,7 @@ from torch.nn import functional
 from mmseg_resnest.inference import WINDOWS
 from mmseg_resnest.ops import Placement, place, upsample_argmax, upsample_softmax
 from mmseg_resnest.registry import MODELS
-from mmseg_resnest.segmentor import EncoderDecoder, has_plain_predict
+from mmseg_resnest.segmentor import EncoderDecoder, predicts_from_logits
 
 SCORES = 1 << 29  # 2 GiB, of the images that run together
 
@@ -58,7 +58,8 @@ class TTAModel(BaseTTAModel):
         return predictions
 
     def _predict(self, data: dict) -> list[SegDataSample]:
-        data = self.module.data_preprocessor.cast_data(data)  # all at once: to move them waits for the GPU
+        if _adds_from_logits(self.module):
+            data = self.module.data_preprocessor.cast_data(data)  # all at once: to move them waits for the GPU
         totals: list[Tensor] = []
         count = len(data['inputs'][0])
         for _, group in groupby(range(len(data['inputs'])), lambda i: [x.shape for x in data['inputs'][i]]):
@@ -81,7 +82,7 @@ class TTAModel(BaseTTAModel):
             The batch's samples.
         """
         module = self.module
-        if not _predicts_from_logits(module):
+        if not _adds_from_logits(module):
             samples = module.test_step(batch)
             if not totals:
                 totals.extend(torch.zeros_like(sample.seg_logits.data) for sample in samples[:count])
@@ -93,9 +94,9 @@ class TTAModel(BaseTTAModel):
         if not totals:
             sizes = [(logits.shape[1], *placement.size) for placement in placements[:count]]
             totals.extend(logits.new_zeros(size, dtype=torch.float32) for size in sizes)
-        exact = module.test_cfg.get('upsample_argmax') == 'exact'
+        impl = module.test_cfg.get('upsample_argmax')
         for i, placement in enumerate(placements):
-            upsample_softmax(logits[i : i + 1], placement, totals[i % count][None], exact=exact)
+            upsample_softmax(logits[i : i + 1], placement, totals[i % count][None], impl=impl)
         return batch['data_samples']
 
     def _merged(self, samples: Sequence[SegDataSample], mean: Tensor) -> SegDataSample:
@@ -112,10 +113,10 @@ class TTAModel(BaseTTAModel):
         return merged
 
 
-def _predicts_from_logits(module: nn.Module) -> bool:
-    """Whether a segmentor's prediction is what our EncoderDecoder makes of low-resolution logits."""
+def _adds_from_logits(module: nn.Module) -> bool:
+    """Whether a segmentor predicts as our EncoderDecoder does, from low-resolution logits."""
     is_ours = isinstance(module, EncoderDecoder) and type(module).predict is EncoderDecoder.predict
-    return is_ours and has_plain_predict(module.decode_head)
+    return is_ours and predicts_from_logits(module)
 
 
 def _scores(sample: SegDataSample) -> Tensor:
@@ -255,7 +256,7 @@ class AuthorsTTAModel(BaseModel):
 
     def _logits(self, images: Tensor) -> Tensor:
         """Returns the logits of images, at their size; our segmentor runs as ``network.speed_up`` has made it."""
-        if isinstance(self.module, EncoderDecoder) and has_plain_predict(self.module.decode_head):
+        if isinstance(self.module, EncoderDecoder) and predicts_from_logits(self.module):
             logits = self.module.low_resolution_logits(images)
             dtype = torch.promote_types(logits.dtype, torch.float32)
             return place(logits.to(dtype), Placement(tuple(images.shape[2:]), align_corners=self.module.align_corners))

@@ -23,9 +23,11 @@ from mmseg_resnest.ops.channels_last_triton import pooled
 )
 def test_avg_pool2d(shape, pool, ceil_mode, counts_padding, part, dtype):
     x = feature_map(*shape, dtype=dtype, part=part)
-    if min(x.shape[2:]) + 2 * pool[2] < pool[0]:
-        return
     options = (*pool, ceil_mode, counts_padding)
+    if min(x.shape[2:]) + 2 * pool[2] < pool[0]:
+        with pytest.raises(RuntimeError, match='too small'):
+            avg_pool2d(x.float(), *options)
+        return
     truth = F.avg_pool2d(x.double(), *options)
     assert torch.equal(avg_pool2d(x.double(), *options), truth)
     if not (ceil_mode and counts_padding):

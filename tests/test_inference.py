@@ -13,6 +13,7 @@ from mmseg.structures import SegDataSample
 
 from mmseg_resnest.inference import DeferredLogits
 from mmseg_resnest.metrics import IoUMetric
+from mmseg_resnest.segmentor import PREDICT_METHODS, predicts_from_logits
 
 CLASSES = 7
 HEADS = {
@@ -161,6 +162,30 @@ def test_a_head_that_predicts_by_itself_takes_mmsegmentations_path():
     (sample,) = predict(ours, make_batch())
     assert (sample.pred_sem_seg.data == 0).all()
     assert sample.seg_logits.data[6].unique().tolist() == [-6]
+
+
+@pytest.mark.parametrize('method', PREDICT_METHODS)
+@pytest.mark.parametrize('test_cfg', [WHOLE, SLIDE], ids=['whole', 'slide'])
+def test_a_subclass_that_changes_a_step_takes_mmsegmentations_path(test_cfg, method):
+    """It goes through the step where mmsegmentation does."""
+
+    def changed(base, calls):
+        def step(self, *args, **kwargs):
+            calls.append(method)
+            return getattr(base, method)(self, *args, **kwargs)
+
+        return type('Changed', (base,), {method: step})
+
+    calls, steps = [], []
+    theirs, ours = make_pair('fcn', test_cfg)
+    theirs.__class__ = changed(type(theirs), steps)
+    ours.__class__ = changed(type(ours), calls)
+    (found,), (truth,) = (predict(model, make_batch()) for model in (ours, theirs))
+    assert torch.equal(found.pred_sem_seg.data, truth.pred_sem_seg.data)
+    assert torch.equal(found.seg_logits.data, truth.seg_logits.data)
+    assert calls == steps
+    assert predicts_from_logits(make_pair('fcn', test_cfg)[1])
+    assert not predicts_from_logits(ours)
 
 
 def deferred(**metainfo):

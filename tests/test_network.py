@@ -159,6 +159,24 @@ def test_a_batch_of_fewer_images_is_filled_up_until_it_repeats(monkeypatch):
     assert ran == [*expected, (4, 3, 3, 3), (4, 3, 3, 3), (2, 3, 3, 3)]
 
 
+def test_a_batch_for_which_there_was_no_memory_is_not_filled_up_to(monkeypatch):
+    ran = []
+
+    def run(images):
+        ran.append(len(images))
+        if len(images) > 4:
+            raise torch.OutOfMemoryError
+        return images
+
+    network = GraphedBySize(run, compiles=False)
+    for _ in range(2):
+        with pytest.raises(torch.OutOfMemoryError):
+            network(torch.zeros(8, 3, 2, 2))
+    for count in (4, 3):
+        network(torch.zeros(count, 3, 2, 2))
+    assert ran == [8, 8, 4, 4]
+
+
 @pytest.mark.parametrize('compiles', [False, True])
 def test_what_is_compiled_is_searched_for_algorithms_from_its_first_run_on(compiles):
     searches = []

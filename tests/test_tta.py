@@ -341,8 +341,8 @@ def test_openmmlabs_keeps_the_sums_of_few_large_images(segmentor, monkeypatch):
     assert sizes == [(2, 3, 24, 32)] * 2
 
 
-class Cautious(EncoderDecoder):
-    """Doubts the first class."""
+class Predicts(EncoderDecoder):
+    """Doubts the first class in the end."""
 
     def predict(self, inputs, data_samples=None):
         samples = super().predict(inputs, data_samples)
@@ -351,12 +351,43 @@ class Cautious(EncoderDecoder):
         return samples
 
 
-def test_openmmlabs_with_a_segmentor_that_predicts_by_itself(segmentor):
-    module = Cautious(**{k: v for k, v in segmentor_config().items() if k != 'type'}).eval()
+class Encodes(EncoderDecoder):
+    """Doubts it at first."""
+
+    def encode_decode(self, inputs, batch_img_metas):
+        logits = super().encode_decode(inputs, batch_img_metas)
+        logits[:, 0] -= 1000
+        return logits
+
+
+@pytest.mark.parametrize('type_', [Predicts, Encodes])
+def test_openmmlabs_with_a_segmentor_that_predicts_by_itself(segmentor, type_):
+    module = type_(**{k: v for k, v in segmentor_config().items() if k != 'type'}).eval()
     module.load_state_dict(segmentor.state_dict())
     (sample,) = TTAModel(module).test_step(augmented([(24, 32), (45, 60)]))
     assert sample.seg_logits.data[0].max() == 0
     assert (sample.pred_sem_seg.data > 0).all()
+
+
+def test_openmmlabs_with_an_implementation_that_there_is_not(segmentor):
+    module = MODELS.build(segmentor_config() | dict(type='mmseg_resnest.EncoderDecoder'))
+    module.test_cfg = dict(mode='whole', upsample_argmax='exakt')
+    with pytest.raises(ValueError, match="impl='exakt'; expected one of"):
+        TTAModel(module.eval()).test_step(augmented([(24, 32)]))
+
+
+class Wrapper(torch.nn.Module):
+    """What MMEngine asks of a model, and no more."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.test_step, self.out_channels, self.decode_head = module.test_step, module.out_channels, module.decode_head
+
+
+def test_openmmlabs_asks_for_a_test_step_alone(segmentor):
+    batch = augmented([(24, 32), (45, 60)])
+    (wrapped,), (plain,) = (TTAModel(m).test_step(copy.deepcopy(batch)) for m in (Wrapper(segmentor), segmentor))
+    assert torch.equal(wrapped.seg_logits.data, plain.seg_logits.data)
 
 
 def test_openmmlabs_with_one_channel():

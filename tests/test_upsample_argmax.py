@@ -154,6 +154,16 @@ def test_an_infinite_logit_stays_where_it_is(flip, impl):
     assert torch.equal(labels[far].long(), place(logits, placement).argmax(1)[far])
 
 
+@pytest.mark.parametrize('impl', IMPLEMENTATIONS)
+@pytest.mark.parametrize('classes', [[1], [1, 2], [0, 1, 2]])
+def test_nan_is_the_highest_logit_as_it_is_to_torch(classes, impl):
+    logits = make_logits((1, 3, 4, 4))
+    logits[:, classes] = torch.nan
+    labels, _ = upsample_argmax(logits, Placement((4, 4)), impl=impl)
+    assert torch.equal(labels.long(), logits.argmax(1))
+    assert labels.unique().tolist() == classes[:1]
+
+
 def test_taps_without_weight_lie_beside_the_others():
     taps = row_taps(4, Placement((15, 17), via=(16, 16)), torch.float32, torch.device('cpu'))
     dense = place(torch.eye(4)[None, :, :, None], Placement((15, 1), via=(16, 1)))[0, :, :, 0].T

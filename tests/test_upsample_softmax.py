@@ -73,13 +73,27 @@ def test_sure_predictions_do_not_overflow(scale):
         assert (added.sum(1) - 1).abs().max() <= 1e-5
 
 
+@pytest.mark.parametrize('impl', ['exact', 'torch'])
 @pytest.mark.parametrize('classes', [1, 6])
-def test_exactly_it_is_torchs_to_the_bit(classes):
+def test_exactly_it_is_torchs_to_the_bit(classes, impl):
     logits, placement = make_logits((1, classes, 4, 6), torch.float16), Placement((20, 31), via=(32, 48))
     total = torch.zeros(1, classes, 20, 31, device=DEVICE)
-    upsample_softmax(logits, placement, total, exact=True)
+    upsample_softmax(logits, placement, total, impl=impl)
     z = mmseg_logits(logits.float(), placement)
     assert torch.equal(total, z.softmax(1) if classes > 1 else z.sigmoid())
+
+
+@pytest.mark.parametrize(
+    ('placement', 'impl', 'message'),
+    [
+        (Placement((8, 8), flip='diagonal'), None, "flip='diagonal'; expected one of"),
+        (Placement((8, 8), padding=(-1, 0, 0, 0)), None, 'expected a picture inside of the padding'),
+        (Placement((8, 8)), 'exakt', "impl='exakt'; expected one of"),
+    ],
+)
+def test_bad_arguments(placement, impl, message):
+    with pytest.raises(ValueError, match=message):
+        upsample_softmax(make_logits((1, 3, 4, 4)), placement, torch.zeros(1, 3, 8, 8, device=DEVICE), impl=impl)
 
 
 def test_another_total_is_refused():

@@ -1,4 +1,4 @@
-"""The kernels of prediction over channels-last feature maps: all wait for memory, and each value is rounded once.
+"""The kernels of prediction over channels-last feature maps: all wait for memory, add in float32 and round once.
 
 A program owns a tile of pixels and channels.
 """

@@ -14,7 +14,7 @@ def dilated_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int
     row i of taps, on the rows of the image where it falls inside, and a sum of shifted products. cuDNN has no fast
     kernels for wide dilations on Hopper GPUs, and multiplies with the zeros outside too: of ASPP's taps at dilation 36
     on 64 x 64, three fifths. The shifted sums are one kernel: a compiler's or, in half precision where gradients are
-    off, our own. The products are rounded to the dtype before they are added.
+    off, our own. The products are rounded to the dtype before they are added: in float16 each must stay below 65504.
 
     Args:
         x: (N, C, H, W), any strides; fastest in channels-last.

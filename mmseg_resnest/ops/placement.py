@@ -28,6 +28,16 @@ class Placement(NamedTuple):
     align_corners: bool = False
 
 
+def check_placement(placement: Placement) -> None:
+    """Raises a ValueError unless a placement is one of a picture inside of its padding."""
+    left, right, top, bottom = placement.padding
+    height, width = placement.via or placement.size
+    if placement.flip not in FLIPS:
+        raise ValueError(f'flip={placement.flip!r}; expected one of {FLIPS}')
+    if min(*placement.padding, *placement.size, height - top - bottom - 1, width - left - right - 1) < 0:
+        raise ValueError(f'{placement}; expected a picture inside of the padding')
+
+
 class Taps(NamedTuple):
     """An axis as a sparse matrix: ``out[i] = sum_t weight[i, t] * x[index[i, t]]``.
 

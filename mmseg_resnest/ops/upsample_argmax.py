@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from mmseg_resnest.ops.placement import FLIPS, Placement, Taps, label_type, place, row_taps
+from mmseg_resnest.ops.placement import Placement, Taps, check_placement, label_type, place, row_taps
 
 IMPLEMENTATIONS = ('triton', 'torch', 'exact')
 BAND = 128  # rows of pixels for which the plain path holds the logits of their width
@@ -60,21 +60,15 @@ def _check(logits: Tensor, placement: Placement, threshold: float | None, impl: 
         raise ValueError(
             f'upsample_argmax: logits {tuple(logits.shape)}, {logits.dtype}; expected (N, C, h, w), floating point'
         )
-    if impl not in (None, *IMPLEMENTATIONS) or placement.flip not in FLIPS:
-        raise ValueError(
-            f'upsample_argmax: impl={impl!r}, flip={placement.flip!r}; '
-            f'expected one of {IMPLEMENTATIONS} or None, and one of {FLIPS}'
-        )
+    if impl not in (None, *IMPLEMENTATIONS):
+        raise ValueError(f'upsample_argmax: impl={impl!r}; expected one of {IMPLEMENTATIONS} or None')
     if impl == 'torch' and logits.device.type != 'cpu':
         raise ValueError(f"upsample_argmax: impl='torch', logits on {logits.device}; expected a CPU")
     if impl == 'triton' and logits.dtype == torch.float64:
         raise ValueError(
             f"upsample_argmax: impl='triton', logits {logits.dtype}; expected float32 or less, or impl='exact'"
         )
-    left, right, top, bottom = placement.padding
-    height, width = placement.via or placement.size
-    if min(*placement.padding, *placement.size, height - top - bottom - 1, width - left - right - 1) < 0:
-        raise ValueError(f'upsample_argmax: {placement}; expected a picture inside of the padding')
+    check_placement(placement)
     if (logits.shape[1] == 1) != (threshold is not None):
         raise ValueError(
             f'upsample_argmax: {logits.shape[1]} channels, threshold={threshold}; expected a threshold for one channel'

@@ -59,7 +59,7 @@ def argmax_kernel(
         if ROWS > 3:
             z = tl.fma(along_row(plane + y3 * width, x0, x1, x2, x3, w0, w1, w2, w3, COLUMNS), v3, z)
         plane += height * width
-        better = z > best
+        better = (z > best) | ((z != z) & (best == best))  # as torch, which takes nan for the highest
         if CONFIDENCE:
             highest = tl.maximum(best, z)
             total = total * tl.exp2((best - highest) * LOG2E) + tl.exp2((z - highest) * LOG2E)

@@ -3,10 +3,11 @@
 import torch
 from torch import Tensor
 
-from mmseg_resnest.ops.placement import Placement, place
+from mmseg_resnest.ops.placement import Placement, check_placement, place
+from mmseg_resnest.ops.upsample_argmax import IMPLEMENTATIONS
 
 
-def upsample_softmax(logits: Tensor, placement: Placement, total: Tensor, *, exact: bool = False) -> None:
+def upsample_softmax(logits: Tensor, placement: Placement, total: Tensor, *, impl: str | None = None) -> None:
     """``total += softmax(place(logits, placement), 1)``, in place; for one channel the sigmoid.
 
     On a GPU full-resolution logits are never stored: a kernel reads the low-resolution ones twice.
@@ -15,18 +16,22 @@ def upsample_softmax(logits: Tensor, placement: Placement, total: Tensor, *, exa
         logits: (N, C, h, w), any strides and dtype. Computed in float32.
         placement: How the logits come to lie on the image.
         total: (N, C, H, W), contiguous, float32.
-        exact: Whether torch's own interpolation and softmax compute it on a GPU too.
+        impl: As of ``upsample_argmax``; all but ``'triton'`` are torch's own interpolation and softmax. None: Triton on
+            a GPU.
 
     Raises:
-        ValueError: ``total`` is not as above.
+        ValueError: ``total``, the placement or ``impl`` is not as above.
     """
+    check_placement(placement)
+    if impl not in (None, *IMPLEMENTATIONS):
+        raise ValueError(f'upsample_softmax: impl={impl!r}; expected one of {IMPLEMENTATIONS} or None')
     shape = (*logits.shape[:2], *placement.size)
     if total.shape != shape or total.dtype != torch.float32 or not total.is_contiguous():
         raise ValueError(
             f'upsample_softmax: total {tuple(total.shape)}, {total.dtype}, strides {total.stride()}; expected {shape}, '
             'torch.float32, contiguous'
         )
-    if logits.is_cuda and not exact:
+    if impl == 'triton' or (impl is None and logits.is_cuda):
         from mmseg_resnest.ops.upsample_softmax_triton import add_probabilities
 
         add_probabilities(logits, placement, total)
