@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from mmseg_resnest.conv import AvgPool2d
 from mmseg_resnest.ops import avg_pool2d
-from mmseg_resnest.ops.channels_last_triton import pooled
+from mmseg_resnest.ops.avg_pool2d_triton import pooled
 
 
 @settings(deadline=None, max_examples=20)

@@ -7,7 +7,7 @@ from test_channels_last import HALVES, MAPS, feature_map
 from torch.nn import functional as F
 
 from mmseg_resnest.ops import dilated_conv2d
-from mmseg_resnest.ops.channels_last_triton import dilated_conv
+from mmseg_resnest.ops.dilated_conv2d_triton import dilated_conv
 
 LAYOUTS = ('contiguous', 'channels_last', 'sliced')
 

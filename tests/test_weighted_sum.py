@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from test_channels_last import HALVES, MAPS, assert_rounded_once, feature_map
 
 from mmseg_resnest.ops import weighted_sum
-from mmseg_resnest.ops.channels_last_triton import weighted_sum_of_two
+from mmseg_resnest.ops.weighted_sum_triton import weighted_sum_of_two
 
 
 @settings(deadline=None, max_examples=15)

@@ -33,7 +33,7 @@ def avg_pool2d(
     is_plain = not (ceil_mode and count_include_pad)  # then the last window's divisor is another one again
     fits = 2 * padding <= kernel_size <= min(x.shape[2:]) + 2 * padding
     if is_plain and fits and runs_kernels(x) and is_by_pixel(x):
-        from mmseg_resnest.ops.channels_last_triton import pooled
+        from mmseg_resnest.ops.avg_pool2d_triton import pooled
 
         return pooled(x, kernel_size, stride, padding, ceil_mode, count_include_pad)
     return F.avg_pool2d(x, kernel_size, stride, padding, ceil_mode, count_include_pad)

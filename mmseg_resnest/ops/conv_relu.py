@@ -4,6 +4,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mmseg_resnest.ops.channels_last import predicts_in_half
+
 Pair = tuple[int, int]
 
 
@@ -48,10 +50,9 @@ def conv_relu(
 def _has_kernel(x: Tensor, weight: Tensor, groups: int) -> bool:
     """Whether cuDNN is sure to have it: its half precision kernels go by eight channels, and count in 32 bits."""
     outputs, inputs = weight.shape[:2]
-    in_half_precision = x.dtype == weight.dtype and x.dtype in (torch.bfloat16, torch.float16)
     in_eights = groups == 1 and inputs % 8 == outputs % 8 == 0
     countable = x.numel() // inputs * max(inputs, outputs) < 2**31  # torch's plain convolution takes more apart
-    return x.is_cuda and in_half_precision and in_eights and countable and not torch.is_grad_enabled()
+    return predicts_in_half(x, weight) and x.dtype == weight.dtype and in_eights and countable
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ def dilated_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int
         (N, O, H, W), in channels-last.
     """
     if runs_kernels(x, weight):
-        from mmseg_resnest.ops.channels_last_triton import dilated_conv
+        from mmseg_resnest.ops.dilated_conv2d_triton import dilated_conv
 
         return dilated_conv(x, weight, bias, dilation)
     images, channels, height, width = x.shape

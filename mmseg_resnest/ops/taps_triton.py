@@ -12,10 +12,20 @@ BLOCK = 128  # pixels of a program
 
 
 @triton.jit
-def tap(index, weight, pixels, inside, i: tl.constexpr, TAPS: tl.constexpr):
+def _tap(index, weight, pixels, inside, i: tl.constexpr, TAPS: tl.constexpr):
     """Returns the index and the weight of the i-th of ``TAPS`` taps, or of the last, at pixels."""
     place = pixels * TAPS + min(i, TAPS - 1)
     return tl.load(index + place, mask=inside, other=0), tl.load(weight + place, mask=inside, other=0.0)
+
+
+@triton.jit
+def four_taps(index, weight, pixels, inside, TAPS: tl.constexpr):
+    """Returns the indices and the weights of four taps at pixels; those from ``TAPS`` on are the last again."""
+    x0, w0 = _tap(index, weight, pixels, inside, 0, TAPS)
+    x1, w1 = _tap(index, weight, pixels, inside, 1, TAPS)
+    x2, w2 = _tap(index, weight, pixels, inside, 2, TAPS)
+    x3, w3 = _tap(index, weight, pixels, inside, 3, TAPS)
+    return x0, x1, x2, x3, w0, w1, w2, w3
 
 
 @triton.jit

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mmseg_resnest.ops.placement import Placement, column_taps, label_type, row_taps
-from mmseg_resnest.ops.taps_triton import BLOCK, LOG2E, LOWEST, along_row, tap
+from mmseg_resnest.ops.taps_triton import BLOCK, LOG2E, LOWEST, along_row, four_taps
 
 
 @triton.jit(do_not_specialize=['W', 'height', 'width'])
@@ -38,14 +38,8 @@ def argmax_kernel(
     y = tl.program_id(1)
     n = tl.program_id(2).to(tl.int64)
     pixel = x < W
-    x0, w0 = tap(column_index, column_weight, x, pixel, 0, COLUMNS)
-    x1, w1 = tap(column_index, column_weight, x, pixel, 1, COLUMNS)
-    x2, w2 = tap(column_index, column_weight, x, pixel, 2, COLUMNS)
-    x3, w3 = tap(column_index, column_weight, x, pixel, 3, COLUMNS)
-    y0, v0 = tap(row_index, row_weight, y, True, 0, ROWS)
-    y1, v1 = tap(row_index, row_weight, y, True, 1, ROWS)
-    y2, v2 = tap(row_index, row_weight, y, True, 2, ROWS)
-    y3, v3 = tap(row_index, row_weight, y, True, 3, ROWS)
+    x0, x1, x2, x3, w0, w1, w2, w3 = four_taps(column_index, column_weight, x, pixel, COLUMNS)
+    y0, y1, y2, y3, v0, v1, v2, v3 = four_taps(row_index, row_weight, y, True, ROWS)
     plane = logits + n * C * height * width
     best = tl.full((BLOCK,), LOWEST, tl.float32)
     label = tl.zeros((BLOCK,), tl.int32)

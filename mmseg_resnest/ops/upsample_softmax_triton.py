@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mmseg_resnest.ops.placement import Placement, column_taps, place
-from mmseg_resnest.ops.taps_triton import BLOCK, LOG2E, LOWEST, along_row, tap
+from mmseg_resnest.ops.taps_triton import BLOCK, LOG2E, LOWEST, along_row, four_taps
 
 
 @triton.jit(do_not_specialize=['C', 'W', 'width'])
@@ -31,10 +31,7 @@ def softmax_kernel(
     y, H = tl.program_id(1), tl.num_programs(1)
     n = tl.program_id(2).to(tl.int64)
     pixel = x < W
-    x0, w0 = tap(index, weight, x, pixel, 0, COLUMNS)
-    x1, w1 = tap(index, weight, x, pixel, 1, COLUMNS)
-    x2, w2 = tap(index, weight, x, pixel, 2, COLUMNS)
-    x3, w3 = tap(index, weight, x, pixel, 3, COLUMNS)
+    x0, x1, x2, x3, w0, w1, w2, w3 = four_taps(index, weight, x, pixel, COLUMNS)
     row = logits + (n * C * H + y) * width
     plane = (H * width).to(tl.int64)  # from a class to the next
     best = tl.full((BLOCK,), LOWEST, tl.float32)

@@ -20,7 +20,7 @@ def weighted_sum(splits: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
         (N, C, H, W).
     """
     if len(splits) == 2 and runs_kernels(*splits, *weights) and all(map(is_by_pixel, splits)):
-        from mmseg_resnest.ops.channels_last_triton import weighted_sum_of_two
+        from mmseg_resnest.ops.weighted_sum_triton import weighted_sum_of_two
 
         return weighted_sum_of_two(*splits, *weights)
     weighted = [weight * split for weight, split in zip(weights, splits, strict=True)]
