@@ -5,6 +5,7 @@
 It writes into data/demo and work_dirs/demo of the current folder. What is given to it goes to tools/train.py.
 """
 
+import argparse
 import os
 import subprocess
 import sys
@@ -32,11 +33,15 @@ def tool(name: str) -> str:
 
 def main() -> None:
     """Runs the four steps."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    _, for_training = parser.parse_known_args()
     start = time.monotonic()
     where = ('--work-dir', str(WORK_DIR))
     labels, result = WORK_DIR / 'labels', WORK_DIR / 'result.json'
     step('Generating street scenes', '-m', 'mmseg_resnest.demo', DATA)
-    step('Training PSPNet with ResNeSt-14 from scratch', tool('train'), CONFIG, *where, '--seed', '0', *sys.argv[1:])
+    step('Training PSPNet with ResNeSt-14 from scratch', tool('train'), CONFIG, *where, '--seed', '0', *for_training)
     checkpoint = str(WORK_DIR / (WORK_DIR / 'last_checkpoint').read_text())
     outputs = ('--json', str(result), '--out', str(labels))
     step('Testing on the held-out scenes', tool('test'), CONFIG, checkpoint, *where, *outputs)
