@@ -13,6 +13,7 @@ from mmseg_resnest.ops.weighted_sum_triton import weighted_sum_of_two
 @settings(deadline=None, max_examples=15)
 @given(shape=MAPS, parts=st.booleans(), dtype=st.sampled_from(HALVES), seed=st.integers(0, 99))
 def test_weighted_sum(shape, parts, dtype, seed):
+    torch.manual_seed(seed)
     splits = [feature_map(*shape, dtype=dtype, seed=seed + i, part=parts) for i in range(2)]
     weights = list(torch.rand(shape[0], 2, shape[1], 1, 1, device=splits[0].device).to(dtype).unbind(1))
     truth = sum(weight.double() * split.double() for weight, split in zip(weights, splits, strict=True))
