@@ -17,6 +17,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from mmseg_resnest.registry import MODELS
 
 SYNC_BN = 'mmseg_resnest.SyncBN'
+# torch 2.14 has renamed it, and warns of the old name.
+all_gather = getattr(collectives, 'all_gather_single', None) or collectives.all_gather_tensor
 
 
 @MODELS.register_module('SyncBN')
@@ -136,7 +138,7 @@ def _statistics(parts: list[Tensor], group: ProcessGroup) -> tuple[Tensor, Tenso
     else:  # a process without images still takes part
         var = mean = parts[0].new_zeros(sum(part.shape[1] for part in parts), dtype=dtype)
     message = torch.cat([mean, var, mean.new_full((1,), count)])
-    gathered = collectives.all_gather_tensor(message, 0, group).view(-1, len(message))
+    gathered = all_gather(message, 0, group).view(-1, len(message))
     means, variances, counts = gathered.split([len(mean), len(mean), 1], 1)
     total = counts.sum()
     divisor = total.clamp(min=1)
