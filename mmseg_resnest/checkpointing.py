@@ -19,6 +19,7 @@ from mmengine.runner import runner as mmengine_runner
 
 from mmseg_resnest.checkpoints import check_sums, plain, read_meta, why_refused
 from mmseg_resnest.registry import HOOKS
+from mmseg_resnest.work_dir import claim
 
 PARTIAL = '.partial'  # what the name of a file ends with until it is whole
 LAST = 'last_checkpoint'  # the file of a work dir that names the newest one
@@ -104,8 +105,9 @@ class CheckpointHook(_CheckpointHook):
         """Clears away what a killed run was writing, and finds the best one where the work dir is now.
 
         Raises:
-            ValueError: What would be saved could not be read again.
+            ValueError: Another run has the work dir, or what would be saved could not be read again.
         """
+        claim(runner.work_dir)
         self._check_readable(runner)
         if self._goes_on_from_elsewhere(runner):  # whose numbers name other files here
             for name in list(runner.message_hub.runtime_info):

@@ -1,0 +1,53 @@
+"""A work dir is one run's at a time: of two, each would overwrite the other's checkpoints."""
+
+import fcntl
+import os
+import socket
+import time
+from logging import WARNING
+from pathlib import Path
+from typing import TextIO
+
+from mmengine.dist import broadcast_object_list, is_main_process
+from mmengine.logging import print_log
+
+LOCK = '.lock'  # the file of a work dir that the run's rank 0 holds
+
+_held: list[TextIO] = []  # closed, a file gives its lock up
+
+
+def claim(work_dir: str | Path) -> None:
+    """Takes a work dir for the run of this process, and of those beside it, until rank 0 ends in whatever way.
+
+    The lock is the operating system's (POSIX, ``fcntl``): workers that rank 0 forks have no part in it. Network file
+    systems that know such locks hold it against other machines; of those that do not, the log tells.
+
+    Raises:
+        ValueError: Another run has it, on all processes.
+    """
+    refused = [_lock(Path(work_dir).resolve() / LOCK) if is_main_process() else None]
+    broadcast_object_list(refused)
+    if refused[0]:
+        raise ValueError(refused[0])
+
+
+def _lock(path: Path) -> str | None:
+    """Locks a file that says by whom; returns why not, if another process has."""
+    try:
+        file = path.open('a+')
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        with file:
+            file.seek(0)
+            return (
+                f'{path.parent}: another run is training here: {file.read()}. Expected a work dir of its own for each '
+                f'run: name one with --work-dir, or stop that run. If its machine is gone, delete {path}'
+            )
+    except OSError as error:
+        print_log(f'{path}: not locked ({error}): see that no other run is given this work dir', 'current', WARNING)
+        return None
+    file.truncate(0)
+    file.write(f'process {os.getpid()} on {socket.gethostname()}, since {time.strftime("%Y-%m-%d %H:%M:%S")}')
+    file.flush()
+    _held.append(file)
+    return None

@@ -1,0 +1,85 @@
+"""Of two runs in one work dir the second does not start."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+
+import pytest
+from test_checkpointing import run
+from test_signals import command, ended, wait_for_log
+from tiny import Tool, run_tool, write_data_set
+
+from mmseg_resnest import work_dir
+from mmseg_resnest.checkpointing import newest_checkpoint
+from mmseg_resnest.work_dir import LOCK, claim
+
+HOLD = 'import sys, time; from mmseg_resnest.work_dir import claim; claim(sys.argv[1]); print("held", flush=True); {}'
+
+
+def holder(folder, then='time.sleep(600)'):
+    """Starts another process that has claimed the folder."""
+    process = subprocess.Popen([sys.executable, '-c', HOLD.format(then), folder], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == 'held\n'
+    return process
+
+
+def test_a_second_run_does_not_start_and_leaves_the_first_ones_files(tmp_path):
+    run(tmp_path, 2).train()
+    partial = tmp_path / 'iter_3.pth.partial'  # as the first run would be writing
+    partial.write_bytes(b'half')
+    work_dir._held.pop().close()
+    with ended(holder(tmp_path)) as first:
+        runner = run(tmp_path, 3)
+        match = f'{tmp_path}: another run is training here: process {first.pid} on .*, since 20.* own for each run'
+        with pytest.raises(ValueError, match=match):
+            runner.train()
+        assert runner.iter == 0
+        assert partial.exists()
+        assert newest_checkpoint(tmp_path)[0].name == 'iter_2.pth'
+        first.send_signal(signal.SIGKILL)
+        first.wait()
+        run(tmp_path, 3).train()
+    assert newest_checkpoint(tmp_path)[0].name == 'iter_3.pth'
+
+
+def test_a_worker_that_outlives_its_killed_trainer_does_not_hold_on(tmp_path):
+    """It has all of the trainer's open files."""
+    then = 'import os; worker = os.fork(); print(worker or "", flush=True); time.sleep(600)'
+    with ended(holder(tmp_path, then)) as first:
+        worker = int(first.stdout.readline())
+        first.send_signal(signal.SIGKILL)
+        first.wait()
+        try:
+            claim(tmp_path)
+            os.kill(worker, 0)  # it is still there
+        finally:
+            os.kill(worker, signal.SIGKILL)
+
+
+def test_where_nothing_can_be_locked_a_run_goes_on_and_its_log_says_so(tmp_path, monkeypatch):
+    def unsupported(*_):
+        raise OSError(95, 'Operation not supported')
+
+    monkeypatch.setattr(work_dir.fcntl, 'lockf', unsupported)
+    run(tmp_path, 1).train()
+    log = next(tmp_path.rglob('*.log')).read_text()
+    assert re.search(r'\.lock: not locked \(.*Operation not supported\): see that no other run', log)
+    assert newest_checkpoint(tmp_path)[0].name == 'iter_1.pth'
+
+
+@pytest.mark.slow
+def test_the_tool_does_not_start_a_second_run(tmp_path):
+    data = write_data_set(tmp_path / 'data')
+    tool = Tool('train', *command(data), cwd=tmp_path)
+    with ended(tool.process) as first:
+        wait_for_log('Iter(train)', tmp_path)
+        done = run_tool('train', *command(data), cwd=tmp_path)
+        assert done.returncode == 1
+        assert f'another run is training here: process {first.pid} on ' in done.stderr
+        assert 'Traceback' not in done.stderr
+        first.terminate()
+        assert tool.wait().returncode == 143
+    assert (tmp_path / 'w' / LOCK).exists()
+    assert newest_checkpoint(tmp_path / 'w')[0]
