@@ -58,3 +58,18 @@ def test_error_is_that_of_cudnn(bias):
     truth = run(theirs.double(), x.detach().double().requires_grad_(), gradient.double())
     for a, b, c in zip(found, peer, truth, strict=True):
         assert (a.double() - c).norm() <= 2 * (b.double() - c).norm()
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(('dilation', 'height', 'width'), [(12, 64, 86), (24, 60, 85), (36, 9, 40)])
+def test_error_of_predictions_without_a_compiler_is_that_of_cudnn(dilation, height, width, dtype):
+    """The last one's taps but the middle row fall outside."""
+    options = dict(kernel_size=3, padding=dilation, dilation=dilation, bias=True)
+    theirs, ours = (conv.to('cuda', dtype) for conv in make_pair(256, 72, **options))
+    x = torch.randn(3, 256, height, width, device='cuda').to(dtype, memory_format=torch.channels_last)
+    found, peer = ours(x), theirs(x)
+    truth = theirs.double()(x.double())
+    assert found.dtype == dtype
+    assert (found.double() - truth).norm() <= 2 * (peer.double() - truth).norm()
