@@ -19,7 +19,7 @@ from mmengine.runner import runner as mmengine_runner
 
 from mmseg_resnest.checkpoints import check_sums, plain, read_meta, why_refused
 from mmseg_resnest.registry import HOOKS
-from mmseg_resnest.work_dir import claim
+from mmseg_resnest.work_dir import claim, release
 
 PARTIAL = '.partial'  # what the name of a file ends with until it is whole
 LAST = 'last_checkpoint'  # the file of a work dir that names the newest one
@@ -139,6 +139,10 @@ class CheckpointHook(_CheckpointHook):
         if runner._resume and runner._load_from and named not in (None, Path(runner._load_from).resolve()):
             self._save_again(runner)  # as its newest: killed before the next save, it goes on from there again
             self._sources = [*self._sources, self._save['id']]
+
+    def after_run(self, runner: Runner) -> None:
+        """Gives the work dir up."""
+        release(runner.work_dir)
 
     def _check_readable(self, runner: Runner) -> None:
         """Tries what is known before the first save, so that no run is lost that could not be resumed."""

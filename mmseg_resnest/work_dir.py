@@ -13,11 +13,11 @@ from mmengine.logging import print_log
 
 LOCK = '.lock'  # the file of a work dir that the run's rank 0 holds
 
-_held: list[TextIO] = []  # closed, a file gives its lock up
+_held: dict[Path, TextIO] = {}  # closed, a file gives its lock up
 
 
 def claim(work_dir: str | Path) -> None:
-    """Takes a work dir for the run of this process, and of those beside it, until rank 0 ends in whatever way.
+    """Takes a work dir for the run of this process, and of those beside it, until ``release`` or rank 0's end.
 
     The lock is the operating system's (POSIX, ``fcntl``): workers that rank 0 forks have no part in it. Network file
     systems that know such locks hold it against other machines; of those that do not, the log tells.
@@ -31,23 +31,27 @@ def claim(work_dir: str | Path) -> None:
         raise ValueError(refused[0])
 
 
+def release(work_dir: str | Path) -> None:
+    """Gives a work dir up, if this process has it."""
+    if file := _held.pop(Path(work_dir).resolve() / LOCK, None):
+        file.close()
+
+
 def _lock(path: Path) -> str | None:
     """Locks a file that says by whom; returns why not, if another process has."""
     try:
-        file = path.open('a+')
+        file = _held.get(path) or path.open('a+')  # a second one, closed, would give up the lock
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        with file:
-            file.seek(0)
-            return (
-                f'{path.parent}: another run is training here: {file.read()}. Expected a work dir of its own for each '
-                f'run: name one with --work-dir, or stop that run. If its machine is gone, delete {path}'
-            )
+        return (
+            f'{path.parent}: another run is training here: {path.read_text()}. Expected a work dir of its own for each '
+            f'run: name one with --work-dir, or stop that run. If its machine is gone, delete {path}'
+        )
     except OSError as error:
         print_log(f'{path}: not locked ({error}): see that no other run is given this work dir', 'current', WARNING)
         return None
     file.truncate(0)
     file.write(f'process {os.getpid()} on {socket.gethostname()}, since {time.strftime("%Y-%m-%d %H:%M:%S")}')
     file.flush()
-    _held.append(file)
+    _held[path] = file
     return None

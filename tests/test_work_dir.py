@@ -13,24 +13,23 @@ from tiny import Tool, run_tool, write_data_set
 
 from mmseg_resnest import work_dir
 from mmseg_resnest.checkpointing import newest_checkpoint
-from mmseg_resnest.work_dir import LOCK, claim
+from mmseg_resnest.work_dir import LOCK, claim, release
 
 HOLD = 'import sys, time; from mmseg_resnest.work_dir import claim; claim(sys.argv[1]); print("held", flush=True); {}'
 
 
 def holder(folder, then='time.sleep(600)'):
-    """Starts another process that has claimed the folder."""
-    process = subprocess.Popen([sys.executable, '-c', HOLD.format(then), folder], stdout=subprocess.PIPE, text=True)
-    assert process.stdout.readline() == 'held\n'
-    return process
+    """Starts another process that claims the folder; once it has, it prints "held"."""
+    command = [sys.executable, '-c', HOLD.format(then), folder]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def test_a_second_run_does_not_start_and_leaves_the_first_ones_files(tmp_path):
     run(tmp_path, 2).train()
     partial = tmp_path / 'iter_3.pth.partial'  # as the first run would be writing
     partial.write_bytes(b'half')
-    work_dir._held.pop().close()
     with ended(holder(tmp_path)) as first:
+        assert first.stdout.readline() == 'held\n'
         runner = run(tmp_path, 3)
         match = f'{tmp_path}: another run is training here: process {first.pid} on .*, since 20.* own for each run'
         with pytest.raises(ValueError, match=match):
@@ -44,10 +43,21 @@ def test_a_second_run_does_not_start_and_leaves_the_first_ones_files(tmp_path):
     assert newest_checkpoint(tmp_path)[0].name == 'iter_3.pth'
 
 
+def test_a_process_may_claim_again_and_keeps_it_until_its_run_is_over(tmp_path):
+    claim(tmp_path)
+    claim(tmp_path)
+    out, error = holder(tmp_path, 'pass').communicate()
+    assert out == ''
+    assert f'another run is training here: process {os.getpid()} on ' in error
+    release(tmp_path)
+    assert holder(tmp_path, 'pass').communicate()[0] == 'held\n'
+
+
 def test_a_worker_that_outlives_its_killed_trainer_does_not_hold_on(tmp_path):
     """It has all of the trainer's open files."""
     then = 'import os; worker = os.fork(); print(worker or "", flush=True); time.sleep(600)'
     with ended(holder(tmp_path, then)) as first:
+        assert first.stdout.readline() == 'held\n'
         worker = int(first.stdout.readline())
         first.send_signal(signal.SIGKILL)
         first.wait()
