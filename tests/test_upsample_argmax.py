@@ -4,6 +4,7 @@ On a machine without a GPU the kernel runs in Triton's interpreter (conftest.py)
 """
 
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -164,6 +165,15 @@ def test_nan_is_the_highest_logit_as_it_is_to_torch(classes, impl):
     assert labels.unique().tolist() == classes[:1]
 
 
+def test_nan_is_the_highest_where_classes_come_a_few_at_a_time(monkeypatch):
+    monkeypatch.setattr(sys.modules[upsample_argmax.__module__], 'CHUNK', 4 * 64)
+    logits = make_logits((1, 40, 4, 4))
+    logits[:, [17, 30]] = torch.nan
+    for nans in ([17, 30], [30]):
+        logits[:, [i for i in (17, 30) if i not in nans]] = 9
+        assert upsample_argmax(logits, Placement((8, 8)), impl='exact')[0].unique().tolist() == nans[:1]
+
+
 def test_taps_without_weight_lie_beside_the_others():
     taps = row_taps(4, Placement((15, 17), via=(16, 16)), torch.float32, torch.device('cpu'))
     dense = place(torch.eye(4)[None, :, :, None], Placement((15, 1), via=(16, 1)))[0, :, :, 0].T
@@ -251,6 +261,24 @@ def test_rows_are_not_shared_among_threads(monkeypatch):
     finally:
         torch.set_num_threads(before)
     assert (labels == 1).all()
+
+
+def test_callers_in_several_threads_leave_the_number_of_threads_as_it_was():
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        for _ in range(5):
+            with ThreadPoolExecutor(4) as pool:
+                list(
+                    pool.map(
+                        lambda _: upsample_argmax(torch.zeros(1, 5, 9, 9), Placement((60, 60)), impl='torch'), range(8)
+                    )
+                )
+            with ThreadPoolExecutor(1) as pool:
+                assert pool.submit(torch.get_num_threads).result() == 3
+            assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """Bilinear upsampling of logits fused with their argmax: full-resolution logits are never stored."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from threading import Lock
 
 import torch
 from torch import Tensor
@@ -93,7 +93,7 @@ def _in_bands(
             index, weight = (part[start : start + BAND] for part in taps)
             first = int(index.min())
             wide = _along_width(image[:, first : int(index.max()) + 1], placement)
-            with _one_thread():
+            with _one_thread:
                 for y, columns, z in _rows(wide, Taps(index - first, weight)):
                     labels[n, start + y, columns], sure = _decide(z, threshold, confidence)
                     if confidence:
@@ -111,15 +111,29 @@ def _along_width(image: Tensor, placement: Placement) -> Tensor:
     return wide.permute(0, 2, 3, 1)[0].contiguous()
 
 
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Keeps torch from sharing a row among threads: hardly faster, and on a busy machine they wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
+class _OneThread:
+    """Keeps torch from sharing a row among threads: hardly faster, and on a busy machine they wait for each other.
+
+    torch's number is each thread's own, and what new ones begin with. Of callers in several threads the first sees it.
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._callers, self._threads = Lock(), 0, 1
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._callers:
+                self._threads = torch.get_num_threads()
+            self._callers += 1
+            torch.set_num_threads(1)
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._callers -= 1
+            torch.set_num_threads(self._threads)
+
+
+_one_thread = _OneThread()
 
 
 def _rows(wide: Tensor, taps: Taps) -> Iterator[tuple[int, slice, Tensor]]:
@@ -170,7 +184,8 @@ def _exactly(
         if start == 0:
             labels, best, total = which, highest, part
         else:
-            labels = torch.where(highest > best, which + start, labels)
+            higher = (highest > best) | (highest.isnan() & ~best.isnan())  # as in all classes at once
+            labels = torch.where(higher, which + start, labels)
             best = torch.maximum(best, highest)
             total = torch.logaddexp(total, part) if confidence else None
     return labels.to(label_type(channels)), (best - total).exp() if confidence else None
