@@ -92,18 +92,20 @@ def _whole_float32() -> AbstractContextManager:
 
 def _pairs(model: nn.Module, run: Run) -> tuple[list[tuple[nn.Conv2d, _BatchNorm]], Tensor | Sequence[Tensor]]:
     """Returns the convolutions and the norms that read them, and the output of the run."""
-    outputs: dict[int, tuple[nn.Conv2d, Tensor]] = {}  # the tensors are kept, so that no other gets their id
+    # By the tensor's id: it is kept, so that no other gets it. Its version counts what has been done to it in place.
+    outputs: dict[int, tuple[nn.Conv2d, Tensor, int]] = {}
     pairs: list[tuple[nn.Conv2d, _BatchNorm]] = []
     calls: Counter[nn.Module] = Counter()
 
     def after_conv(conv: nn.Conv2d, _: tuple, output: Tensor) -> None:
         calls[conv] += 1
-        outputs[id(output)] = conv, output
+        outputs[id(output)] = conv, output, output._version
 
     def before_norm(norm: _BatchNorm, inputs: tuple[Tensor]) -> None:
         calls[norm] += 1
-        if id(inputs[0]) in outputs and not norm.training and norm.running_var is not None:
-            pairs.append((outputs[id(inputs[0])][0], norm))
+        conv, _, version = outputs.get(id(inputs[0]), (None, None, None))
+        if conv and inputs[0]._version == version and not norm.training and norm.running_var is not None:
+            pairs.append((conv, norm))
 
     handles = []
     for module in model.modules():
@@ -112,7 +114,7 @@ def _pairs(model: nn.Module, run: Run) -> tuple[list[tuple[nn.Conv2d, _BatchNorm
         elif isinstance(module, _BatchNorm):
             handles.append(module.register_forward_pre_hook(before_norm))
     try:
-        with torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad():  # versions are not counted in inference mode
             result = run()
     finally:
         for handle in handles:

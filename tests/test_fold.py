@@ -108,6 +108,17 @@ def test_what_does_not_fold_stays():
     assert torch.allclose(model(x), truth, atol=1e-5)
 
 
+def test_what_is_changed_in_place_before_the_norm_does_not_fold():
+    """It is the convolution's own output still."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(inplace=True), nn.BatchNorm2d(4))
+    x = torch.randn(2, 3, 8, 8)
+    model = settled(model, x)
+    truth = model(x)
+    with torch.inference_mode():
+        assert fold_batch_norms(model, lambda: model(x)) == 0
+    assert torch.equal(model(x), truth)
+
+
 def test_a_convolution_with_two_readers_is_refused():
     x = torch.randn(2, 3, 8, 8)
     model = settled(TwoReaders(), x)
