@@ -21,6 +21,7 @@ from mmseg.datasets import ADE20KDataset
 from mmseg.registry import MODELS
 from tiny import CAMVID, CLASSES, ENVIRONMENT, OPTIONS, ROOT, Payload, run_tool, write_data_set
 
+from mmseg_resnest.resnest import SplitAttentionConv2d
 from mmseg_resnest.segmentor import EncoderDecoder
 
 ADE20K = ROOT / 'configs' / 'pspnet_resnest50_ade20k.py'
@@ -294,15 +295,18 @@ def test_testing(trained, tmp_path):
 
 
 @pytest.mark.parametrize('kind', ['mmseg_resnest.EncoderDecoder', 'mmseg.EncoderDecoder', EncoderDecoder])
-def test_exact_leaves_the_layout_of_weights_as_it_is(kind, monkeypatch):
-    """On a GPU ours would make them channels-last."""
+def test_exact_leaves_layout_and_radix_convolutions_as_they_are(kind, monkeypatch):
+    """On a GPU ours would make weights channels-last, and run the convolutions in parts."""
     monkeypatch.setattr(torch.backends.cudnn, 'allow_tf32', True)
     cfg = Config.fromfile(CAMVID)
     cfg.model.backbone.update(depth=14, init_cfg=None)
     cfg.model.type = kind
     runpy.run_path(str(ROOT / 'tools' / 'test.py'))['set_exact'](cfg)
     with DefaultScope.overwrite_default_scope('mmseg'):
-        assert not getattr(MODELS.build(cfg.model), 'channels_last', False)
+        model = MODELS.build(cfg.model)
+    assert not getattr(model, 'channels_last', False)
+    convs = [module for module in model.modules() if isinstance(module, SplitAttentionConv2d)]
+    assert {conv.execution_on(torch.device('cuda')) for conv in convs} == {'grouped'}
 
 
 EVALUATORS = {

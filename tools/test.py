@@ -28,6 +28,7 @@ from mmseg_resnest.checkpoints import check_options, compare_classes, load_stric
 from mmseg_resnest.dataset_check import add_skip_option, check_before_run
 from mmseg_resnest.datasets import check_classes, check_folders, datasets_of
 from mmseg_resnest.network import DTYPES, Speed, default_speed, speed_up
+from mmseg_resnest.resnest import ResNeSt
 from mmseg_resnest.segmentor import EncoderDecoder
 
 
@@ -80,13 +81,20 @@ def check_speed(args: argparse.Namespace) -> None:
 
 def set_exact(cfg: Config) -> None:
     """Switches all of it off."""
-    kind = cfg.model.type if isinstance(cfg.model.type, type) else MODELS.get(cfg.model.type)
-    if isinstance(kind, type) and issubclass(kind, EncoderDecoder):  # mmsegmentation's own has no such switch
+    if _is_a(cfg.model.type, EncoderDecoder):  # mmsegmentation's own has no such switch
         cfg.model.channels_last = False
+    backbone = cfg.model.get('backbone') or {}
+    if _is_a(backbone.get('type'), ResNeSt):
+        backbone.radix_conv = 'grouped'  # as mmsegmentation's own has it
     cfg.model.test_cfg.upsample_argmax = 'exact'
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     cfg.test_dataloader.pop('batch_sampler', None)
     cfg.test_dataloader.batch_size = 1
+
+
+def _is_a(name: str | type | None, kind: type) -> bool:
+    found = name if isinstance(name, type | None) else MODELS.get(name)
+    return isinstance(found, type) and issubclass(found, kind)
 
 
 def make_fast(model: nn.Module, args: argparse.Namespace) -> None:
