@@ -151,7 +151,8 @@ def finish(
 ) -> None:
     """Adds to each sample what mmsegmentation does: ``pred_sem_seg`` (1, H, W), and ``seg_logits`` (C, H, W), deferred.
 
-    Labels are uint8 for up to 256 classes. One channel becomes a probability.
+    Labels are uint8 for up to 256 classes. One channel becomes a probability. ``finite``, a scalar on the device, is
+    what ``check_finite`` looks at.
 
     Args:
         logits: (N, C, h, w).
@@ -160,6 +161,7 @@ def finish(
         threshold: For one channel.
         impl: Of ``upsample_argmax``.
     """
+    finite = are_finite(logits)
     for placement in dict.fromkeys(placements):
         same = [i for i, other in enumerate(placements) if other == placement]
         part = logits if len(same) == len(logits) else logits[same]
@@ -168,12 +170,35 @@ def finish(
             samples[i].pred_sem_seg = PixelData(data=label[None])
             compute = _deferred(logits[i : i + 1], placement, threshold)
             samples[i].seg_logits = DeferredLogits(compute, placement.size)
+            samples[i].finite = finite[i]
+
+
+def are_finite(logits: Tensor) -> Tensor:
+    """Returns (N,), of logits (N, C, H, W): whether none of an image's is infinite or nan; minus infinity rules out."""
+    return (logits < float('inf')).all(dim=(1, 2, 3))
+
+
+def check_finite(sample: Mapping) -> None:
+    """Refuses a prediction from logits that are not finite: its labels are of no class in particular, mostly class 0.
+
+    It waits for the device.
+
+    Raises:
+        ValueError: They are not.
+    """
+    if not sample.get('finite', True):
+        raise ValueError(
+            f'{sample.get("img_path", "an image without a path")}: the logits are not finite; expected numbers. In '
+            'float16, in which a GPU predicts unless told otherwise, an activation above 65504 is infinite: take '
+            "bfloat16 or float32 (--dtype, Speed(dtype='float32')). If they are not finite in float32 the weights are "
+            'damaged, or their training diverged'
+        )
 
 
 def _deferred(logits: Tensor, placement: Placement, threshold: float | None) -> Callable[[], Tensor]:
     def compute() -> Tensor:
         with torch.no_grad():
-            placed = place(logits.float(), placement)[0]
+            placed = place(logits.to(torch.promote_types(logits.dtype, torch.float32)), placement)[0]
             return placed if threshold is None else placed.sigmoid()
 
     return compute
@@ -201,7 +226,15 @@ def slide(
 
     Returns:
         (N, channels, H, W), float32 at least.
+
+    Raises:
+        ValueError: Windows leave pixels out.
     """
+    if any(step > crop for step, crop in zip(stride, crop_size, strict=True)):
+        raise ValueError(
+            f'model.test_cfg: stride={tuple(stride)} leaves pixels out between windows of crop_size='
+            f'{tuple(crop_size)}; expected a stride no larger than the window'
+        )
     count, _, height, width = inputs.shape
     size = min(crop_size[0], height), min(crop_size[1], width)
     dtype = torch.promote_types(inputs.dtype, torch.float32)

@@ -13,6 +13,7 @@ from mmseg.evaluation import IoUMetric as _IoUMetric
 from numpy import ndarray
 from torch import Tensor
 
+from mmseg_resnest.inference import check_finite
 from mmseg_resnest.registry import METRICS
 from mmseg_resnest.transforms import expected_labels, listing, out_of_range
 
@@ -31,8 +32,8 @@ class IoUMetric(_IoUMetric):
     Attributes:
         confusion: (classes, classes) int64, the pixels of each label (row) and prediction (column) that are not
             ignored, of the last evaluation.
-        per_class: class name -> metric (``'IoU'``, ``'Acc'``) -> its value in percent; nan for a class that occurs
-            neither in the labels nor in the predictions.
+        per_class: class name -> metric (``'IoU'``, ``'Acc'``) -> its value in percent; nan for a class that does not
+            occur in the labels, and IoU only if it is not predicted either.
     """
 
     confusion: Tensor
@@ -54,7 +55,7 @@ class IoUMetric(_IoUMetric):
 
         Raises:
             ValueError: A label map has another size than the prediction, or one of both has values that are no class;
-                or the data set names no classes.
+                the logits were not finite; or the data set names no classes.
         """
         if not self.dataset_meta.get('classes'):
             raise ValueError(
@@ -82,8 +83,10 @@ class IoUMetric(_IoUMetric):
         self._last = table[:classes, :classes].clone()
         self._sum = self._last.clone() if self._sum is None else self._sum.add_(self._last.to(self._sum.device))
         self._images += 1
-        kept = {key: sample[key] for key in ('img_path', 'seg_map_path', 'pred_sem_seg', 'gt_sem_seg') if key in sample}
-        self._unchecked.append((kept, table.sum() - self._last.sum()))
+        keys = ('img_path', 'seg_map_path', 'pred_sem_seg', 'gt_sem_seg', 'finite')
+        kept = {key: sample[key] for key in keys if key in sample}
+        wrong = table.sum() - self._last.sum()
+        self._unchecked.append((kept, wrong + ~sample['finite'] if 'finite' in sample else wrong))
         if self._looks_at_once(table) or len(self._unchecked) == CHECKED_TOGETHER:
             self._check_all()
 
@@ -91,18 +94,17 @@ class IoUMetric(_IoUMetric):
         return not table.is_cuda
 
     def _check_all(self) -> None:
-        """Looks at the pixels that were counted outside the matrix."""
+        """Looks at the pixels that were counted outside the matrix, and at logits that were not finite."""
         unchecked, self._unchecked = self._unchecked, []
         if not unchecked:
             return
-        for (sample, _), outside in zip(
-            unchecked, torch.stack([count for _, count in unchecked]).tolist(), strict=True
-        ):
-            if outside:
+        for (sample, _), wrong in zip(unchecked, torch.stack([count for _, count in unchecked]).tolist(), strict=True):
+            if wrong:
                 self._check(sample)
 
     def _check(self, sample: Mapping) -> None:
         """Refuses what mmsegmentation leaves out of the histograms without a word, and counts wrongly."""
+        check_finite(sample)
         classes = len(self.dataset_meta['classes'])
         image = sample.get('img_path', 'an image without a path')
         prediction = _comparable(sample['pred_sem_seg']['data'].squeeze())

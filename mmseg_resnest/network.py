@@ -103,10 +103,14 @@ class GraphedBySize:
     def __init__(self, network: Network, compiles: bool) -> None:
         self.network = network
         self.compiled = torch.compile(network, dynamic=False) if compiles else None
+        self._compiled_sizes: set[torch.Size] = set()
+        self.forget()
+
+    def forget(self) -> None:
+        """Begins anew: graphs read weights from where they were when the size was captured."""
         self._seen: Counter[torch.Size] = Counter()
         self._planned: set[torch.Size] = set()
         self._graphs: OrderedDict[torch.Size, Network] = OrderedDict()
-        self._compiled_sizes: set[torch.Size] = set()
         self._pool: tuple[int, int] | None = None
         self._stream: torch.cuda.Stream | None = None
 
@@ -134,7 +138,8 @@ class GraphedBySize:
             self._graphs[size] = self._capture(self._choose(size), images)
             logits = self._graphs[size](images)
             if len(self._graphs) > GRAPHS:
-                self._graphs.popitem(last=False)
+                oldest, _ = self._graphs.popitem(last=False)
+                self._seen[oldest] = 0  # or sizes that take turns would be captured each time
         self._planned.add(size)
         return logits
 

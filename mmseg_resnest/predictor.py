@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mmseg_resnest.checkpoints import check_options, load_strictly, model_weights, read_checkpoint
 from mmseg_resnest.datasets import datasets_of
+from mmseg_resnest.inference import check_finite
 from mmseg_resnest.network import Speed, default_speed, speed_up
 from mmseg_resnest.picture_files import Task, loss_when_loaded, read_picture
 
@@ -130,7 +131,11 @@ class Predictor:
 
     @torch.no_grad()
     def predict(self, prepared: Sequence[dict]) -> list[ndarray]:
-        """Returns the label maps of prepared images, those of one size in batches."""
+        """Returns the label maps of prepared images, those of one size in batches; in one thread at a time.
+
+        Raises:
+            ValueError: The logits of an image are not finite.
+        """
         by_size = defaultdict(list)
         for i, item in enumerate(prepared):
             by_size[item['inputs'].shape].append(i)
@@ -141,6 +146,7 @@ class Predictor:
                 batch = {key: [prepared[i][key] for i in part] for key in ('inputs', 'data_samples')}
                 for i, sample in zip(part, self.model.test_step(batch), strict=True):
                     labels[i] = sample.pred_sem_seg.data[0].cpu().numpy()
+                    check_finite(sample)
         return [labels[i] for i in range(len(prepared))]
 
 

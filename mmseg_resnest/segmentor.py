@@ -64,8 +64,14 @@ class EncoderDecoder(_EncoderDecoder):
         self._fused: list[str] = []
 
     def __getstate__(self) -> dict:
-        """Copies, as an average of the weights makes them, capture graphs of their own."""
-        return super().__getstate__() | dict(_graphs=None)
+        """Copies, as an average of the weights makes them, capture graphs of their own, and predict as the model is."""
+        return super().__getstate__() | dict(_graphs=None, network=None)
+
+    def _apply(self, *args, **kwargs) -> 'EncoderDecoder':
+        """Forgets graphs of predictions: where the model is moved or converted, its weights may get another place."""
+        if self.network is not None:
+            self.network.forget()
+        return super()._apply(*args, **kwargs)
 
     def to(self, *args, **kwargs) -> 'EncoderDecoder':
         """Moves the model; on a GPU its weights become channels-last."""
@@ -146,7 +152,7 @@ class EncoderDecoder(_EncoderDecoder):
         logits = [run(heads[name], features) for name in self._fused]
         return (*logits, *(features if len(logits) < len(heads) else ()))
 
-    # What maps images (N, 3, H, W) to low-resolution logits in prediction, if not the model as it is: see network.py.
+    # What maps images (N, 3, H, W) to low-resolution logits in prediction, if not the model as it is: network.py's.
     network: Callable[[Tensor], Tensor] | None = None
 
     def predict(self, inputs: Tensor, data_samples: OptSampleList = None) -> SampleList:
@@ -176,8 +182,14 @@ class EncoderDecoder(_EncoderDecoder):
         """Returns logits (N, C, h, w) of images (N, 3, H, W), and how those of each come to lie on its image.
 
         They are full-resolution ones for ``test_cfg.mode='slide'``.
+
+        Raises:
+            ValueError: ``test_cfg.mode`` is none.
         """
-        if self.test_cfg.get('mode', 'whole') == 'slide':
+        mode = self.test_cfg.get('mode', 'whole')
+        if mode not in ('slide', 'whole'):
+            raise ValueError(f'model.test_cfg.mode={mode!r}; expected slide or whole')
+        if mode == 'slide':
             via = inputs.shape[2:]
             logits = self.slide_inference(inputs, [sample.metainfo for sample in samples])
         else:

@@ -107,6 +107,7 @@ class TTAModel(BaseTTAModel):
         else:
             labels = (mean > self.module.decode_head.threshold).byte()
         merged.pred_sem_seg, merged.seg_logits = PixelData(data=labels), PixelData(data=mean)
+        merged.finite = mean.sum().isfinite()  # as inference.check_finite wants to know
         if 'gt_sem_seg' in first:
             merged.gt_sem_seg = first.gt_sem_seg
         merged.set_metainfo(dict(img_path=first.get('img_path')))

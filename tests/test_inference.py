@@ -11,8 +11,9 @@ from mmengine.structures import PixelData
 from mmseg.registry import MODELS
 from mmseg.structures import SegDataSample
 
-from mmseg_resnest.inference import DeferredLogits
+from mmseg_resnest.inference import DeferredLogits, check_finite, finish
 from mmseg_resnest.metrics import IoUMetric
+from mmseg_resnest.ops import Placement, place
 from mmseg_resnest.segmentor import PREDICT_METHODS, predicts_from_logits
 
 CLASSES = 7
@@ -121,6 +122,42 @@ def test_mirrored_nobody_knows_how_is_refused():
     _, ours = make_pair('fcn', WHOLE)
     with pytest.raises(ValueError, match=r'^0: flip=True, flip_direction=None; expected horizontal or vertical$'):
         predict(ours, make_batch(flip=True, flip_direction=None))
+
+
+@pytest.mark.parametrize(
+    ('test_cfg', 'message'),
+    [
+        (dict(mode='silde'), "mode='silde'; expected slide or whole"),
+        (SLIDE | dict(stride=(24, 49)), r'stride=\(24, 49\) leaves pixels out .* crop_size=\(40, 48\); expected'),
+    ],
+)
+def test_a_test_cfg_that_cannot_be_meant_is_refused(test_cfg, message):
+    _, ours = make_pair('fcn', test_cfg)
+    with pytest.raises(ValueError, match=message):
+        predict(ours, make_batch())
+
+
+@pytest.mark.parametrize(
+    ('value', 'finite'), [(0, True), (float('nan'), False), (float('inf'), False), (-float('inf'), True)]
+)
+def test_logits_that_are_not_finite_are_told(value, finite):
+    """Those of the second image; minus infinity only rules a class out."""
+    logits = torch.randn(3, CLASSES, 4, 6)
+    logits[1, 2, 3, 4] = value
+    samples = make_batch(count=3)['data_samples']
+    finish(logits, samples, [Placement((32, 48))] * 3, None, None)
+    assert [bool(sample.finite) for sample in samples] == [True, finite, True]
+    check_finite(samples[0].to_dict())
+    if not finite:
+        with pytest.raises(ValueError, match=r'^1: the logits are not finite; .* float16.* above 65504 is infinite'):
+            check_finite(samples[1])
+
+
+def test_logits_of_float64_stay_so():
+    logits = torch.randn(1, CLASSES, 4, 6, dtype=torch.float64)
+    samples = make_batch()['data_samples']
+    finish(logits, samples, [Placement((32, 48))], None, None)
+    assert torch.equal(samples[0].seg_logits.data, place(logits, Placement((32, 48)))[0])
 
 
 def test_without_samples():

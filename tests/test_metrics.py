@@ -150,6 +150,15 @@ def test_predictions_of_other_classes_are_refused():
         process(torch.tensor([[0, 1]]), torch.tensor([[0, 17]]))
 
 
+def test_predictions_from_logits_that_are_not_finite_are_refused():
+    metric = IoUMetric()
+    metric.dataset_meta = dict(classes=CLASSES)
+    sample = dict(gt_sem_seg=dict(data=LABELS[:1]), pred_sem_seg=dict(data=PREDICTIONS[:1]), img_path='a.jpg')
+    metric.process({}, [sample | dict(finite=torch.tensor(True))])
+    with pytest.raises(ValueError, match=r'^a\.jpg: the logits are not finite'):
+        metric.process({}, [sample | dict(finite=torch.tensor(False))])
+
+
 def test_a_data_set_without_classes_is_refused():
     with pytest.raises(ValueError, match=r'IoUMetric: the data set names no classes; expected metainfo=dict\(classes='):
         process(torch.tensor([[0, 1]]), torch.tensor([[0, 1]]), classes=None)

@@ -1,5 +1,6 @@
 """Fast evaluation on a trained model: exact with every switch off, and what each switch changes."""
 
+import copy
 import json
 import os
 import subprocess
@@ -21,7 +22,7 @@ from tiny import ENVIRONMENT, ROOT, run_tool
 import mmseg_resnest.network
 from mmseg_resnest import demo
 from mmseg_resnest.inference import cudnn_search
-from mmseg_resnest.network import DTYPES, GraphedBySize, Speed, speed_up
+from mmseg_resnest.network import DTYPES, REPEATS, GraphedBySize, Speed, speed_up
 
 CONFIG = ROOT / 'configs' / 'pspnet_resnest14_demo.py'
 CLASSES = 12
@@ -118,8 +119,48 @@ def test_sizes_that_repeat_are_captured(monkeypatch):
     network = GraphedBySize(lambda images: images + 1, compiles=True)
     for side in (2, 3, 2, 2, 3, 2, 2, 3, 3, 4, 4, 4, 4, 2):
         assert network(torch.zeros(1, 3, side, side)).unique().tolist() == [1]
-    # 2 was captured first, compiled; 3 and 4 were too many to compile; for 4 the oldest went, and 2 came back
-    assert captured == [(2, True), (3, False), (4, False), (2, True)]
+    # 2 was captured first, compiled; 3 and 4 were too many to compile; for 4 the oldest went, which must repeat again
+    assert captured == [(2, True), (3, False), (4, False)]
+    for _ in range(3):
+        network(torch.zeros(1, 3, 2, 2))
+    assert captured[3:] == [(2, True)]
+    for _ in range(9):
+        for side in (2, 3, 4):  # taking turns, each is captured in every fourth at most
+            network(torch.zeros(1, 3, side, side))
+    assert len(captured) <= 4 + 3 * 9 / 4
+
+
+def test_a_model_that_is_moved_forgets_its_graphs_and_a_copy_has_none(monkeypatch):
+    model = make_model()
+    model.network = network = GraphedBySize(model._forward, compiles=False)
+    monkeypatch.setattr(network, '_capture', lambda run, images: run)
+    images = torch.zeros(1, 3, 32, 32)
+    with torch.no_grad():
+        for _ in range(REPEATS):
+            model.low_resolution_logits(images)
+        assert list(network._graphs) == [images.shape]
+        copied = copy.deepcopy(model)
+        assert copied.network is None
+        assert torch.equal(copied.low_resolution_logits(images), model.low_resolution_logits(images))
+    model.double()
+    assert not network._graphs
+
+
+@torch.no_grad()
+def test_what_float16_cannot_hold_is_told():
+    """The same function in float32, whose first activations are 100,000 times as large."""
+    model = make_model()
+    images = torch.randn(2, 3, 64, 64)
+    truth = model(images)
+    for parameter in model.backbone.bn1.parameters():
+        parameter *= 1e5
+    model.backbone.layer1[0].conv1.weight /= 1e5
+    model.backbone.layer1[0].downsample[1].weight /= 1e5
+    assert torch.allclose(model(images), truth, atol=1e-3)
+    halves = {dtype: copy.deepcopy(model) for dtype in ('bfloat16', 'float16')}
+    for dtype, half in halves.items():
+        speed_up(half, Speed(dtype=dtype))
+    assert [all(sample.finite for sample in half.predict(images)) for half in halves.values()] == [True, False]
 
 
 @pytest.mark.parametrize('compiles', [False, True])

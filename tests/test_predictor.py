@@ -247,6 +247,13 @@ def test_grey_files_are_fine(tmp_path):
     check_image(tmp_path / 'grey.png')
 
 
+def test_logits_that_are_not_finite_are_refused(files, paths):
+    predictor = Predictor(tiny_config(), files / 'model.pth', 'cpu', AS_IT_IS)
+    predictor.model.decode_head.conv_seg.bias.data[3] = torch.nan
+    with pytest.raises(ValueError, match=f'^{paths[0]}: the logits are not finite'):
+        predictor(paths[0])
+
+
 def test_palettes_whose_every_colour_is_opaque_are_fine(tmp_path):
     Image.fromarray(RGB).convert('P').save(tmp_path / 'opaque.png', transparency=bytes([255] * 256))
     assert set(Image.open(tmp_path / 'opaque.png').info['transparency']) == {255}

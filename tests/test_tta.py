@@ -390,6 +390,22 @@ def test_openmmlabs_asks_for_a_test_step_alone(segmentor):
     assert torch.equal(wrapped.seg_logits.data, plain.seg_logits.data)
 
 
+def test_openmmlabs_tells_of_logits_that_are_not_finite(segmentor):
+    """Those of one augmentation of one image."""
+    module = MODELS.build(segmentor_config() | dict(type='mmseg_resnest.EncoderDecoder')).eval()
+    placed_logits = module.placed_logits
+
+    def damaged(inputs, samples):
+        logits, placements = placed_logits(inputs, samples)
+        if inputs.shape[2] == 45:
+            logits[1, 2, 0, 0] = torch.nan
+        return logits, placements
+
+    module.placed_logits = damaged
+    samples = TTAModel(module).test_step(augmented([(24, 32), (45, 60)], count=3))
+    assert [bool(sample.finite) for sample in samples] == [True, False, True]
+
+
 def test_openmmlabs_with_one_channel():
     """The mean of the probabilities; SegTTAModel's sigmoid of a probability would call every pixel positive."""
     torch.manual_seed(0)
