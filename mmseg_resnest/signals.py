@@ -20,17 +20,18 @@ from mmseg_resnest.optim import AutocastOptimWrapper
 from mmseg_resnest.registry import HOOKS
 from mmseg_resnest.watch import WatchHook
 
-SIGNALS = (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM)
+SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGUSR1, signal.SIGTERM)
 END = b'\0'  # to the thread that reads the signals' numbers
 
 
 @HOOKS.register_module()
 class SignalHook(Hook):
-    """Stops training after SIGTERM, SIGINT or SIGUSR1 on any rank: at the end of a step, saved, all ranks together.
+    """Stops training after one of ``SIGNALS`` on any rank: at the end of a step, saved, all ranks together.
 
-    The process then ends with the code 128 + the signal's number: 143, 130 or 138; where ranks got different ones, the
-    largest. A second SIGINT ends it at once, unsaved, with 130, whatever it waits for. An evaluation is finished first,
-    with the iteration after it.
+    The process then ends with the code 128 + the signal's number: for SIGTERM 143, for SIGINT 130, for SIGUSR1 138, for
+    SIGHUP 129; where ranks got different ones, the largest. SIGHUP that is ignored, as under nohup, stays so. A second
+    SIGINT ends the process at once, unsaved, with 130, whatever it waits for. An evaluation is finished first, with the
+    iteration after it.
     The ranks agree by the message that AutocastOptimWrapper exchanges at each step anyway, or by one of their own.
     Workers of the data loaders ignore these signals, unless their own process sends them: they end with it.
     """
@@ -61,7 +62,8 @@ class SignalHook(Hook):
         self._listener.start()
         self._wakeup_before = signal.set_wakeup_fd(self._wakeup, warn_on_full_buffer=False)
         # Only signals that have a handler are written to the pipe.
-        self._before = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
+        taken = [n for n in SIGNALS if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
+        self._before = {number: signal.signal(number, lambda *_: None) for number in taken}
 
     def _listen(self, numbers: int) -> None:
         with os.fdopen(numbers, 'rb', buffering=0) as pipe:

@@ -79,7 +79,7 @@ def assert_saved(folder, name) -> int:
     return iteration
 
 
-@pytest.mark.parametrize(('number', 'code'), [('SIGTERM', 143), ('SIGUSR1', 138)])
+@pytest.mark.parametrize(('number', 'code'), [('SIGTERM', 143), ('SIGUSR1', 138), ('SIGHUP', 129)])
 def test_a_signal_saves_and_ends_the_run(number, code, data, tmp_path):
     """With two workers, which get it too."""
     tool = Tool('train', *command(data, 'train_dataloader.num_workers=2'), cwd=tmp_path)
