@@ -42,8 +42,7 @@ def is_restarted() -> bool:
 def set_launcher(cfg: Config) -> None:
     """Makes the config fit the launcher, and lets the processes meet: by NCCL on GPUs, by gloo on CPUs."""
     launcher = detect_launcher()
-    if launcher == 'srun':
-        _export_slurm()
+    run = _export_slurm() if launcher == 'srun' else ''
     cfg.launcher = 'none' if launcher == 'python' else 'pytorch'
     if cfg.launcher == 'none':
         return
@@ -56,7 +55,7 @@ def set_launcher(cfg: Config) -> None:
     if wrapper['type'] == WRAPPER:
         cfg.model_wrapper_cfg = wrapper
     if not torch.distributed.is_initialized():
-        _start_process_group(**(cfg.get('env_cfg') or {}).get('dist_cfg', {}))
+        _start_process_group(run, **(cfg.get('env_cfg') or {}).get('dist_cfg', {}))
 
 
 def end(code: int) -> None:
@@ -72,17 +71,30 @@ def end(code: int) -> None:
         os._exit(code)
 
 
-def _start_process_group(backend: str = 'nccl', timeout: float = 1800) -> None:
+def _start_process_group(run: str = '', backend: str = 'nccl', timeout: float = 1800) -> None:
     """Starts the process group, which MMEngine's own start-up cannot on CPUs.
 
     Args:
+        run: What processes of other runs that find this one's store do not share.
         backend: The one for GPUs; CPUs have gloo.
         timeout: Seconds that one collective may take.
+
+    Raises:
+        OSError: The port is in use, on rank 0.
     """
     limit = timedelta(seconds=timeout)
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ['LOCAL_RANK']))
-    store, rank, world_size = next(torch.distributed.rendezvous('env://', timeout=limit))
+    try:
+        store, rank, world_size = next(torch.distributed.rendezvous('env://', timeout=limit))
+    except torch.distributed.DistNetworkError as error:
+        if 'EADDRINUSE' not in str(error):
+            raise
+        raise OSError(
+            f'port {os.environ["MASTER_PORT"]}, where the processes were to meet, is in use, perhaps by another run on '
+            'this machine: set MASTER_PORT to a free one for all of them'
+        ) from error
+    store = torch.distributed.PrefixStore(f'run {run}', store)
     attempt = _meet(store, rank, world_size, timeout)
     if attempt > 1:  # also where another machine has caused it, or been replaced
         os.environ['TORCHELASTIC_RESTART_COUNT'] = str(attempt - 1)
@@ -120,8 +132,12 @@ def _meet(store: torch.distributed.Store, rank: int, world_size: int, timeout: f
     return attempt
 
 
-def _export_slurm() -> None:
-    """Translates srun's environment variables to those of torch.distributed; what is set already stays."""
+def _export_slurm() -> str:
+    """Translates srun's environment variables to those of torch.distributed; what is set already stays.
+
+    Returns:
+        The name of the step.
+    """
     slurm = os.environ
     if slurm.get('SLURM_STEP_NUM_NODES', '1') == '1':
         address = '127.0.0.1'
@@ -134,5 +150,7 @@ def _export_slurm() -> None:
         os.environ['LOCAL_RANK'] = '0'
     os.environ['WORLD_SIZE'] = slurm['SLURM_STEP_NUM_TASKS']
     os.environ.setdefault('MASTER_ADDR', address)
-    # Jobs that share a node must not share a port.
-    os.environ.setdefault('MASTER_PORT', str(20000 + int(slurm.get('SLURM_JOB_ID', 0)) % 10000))
+    # Jobs that share a node must not share a port, nor must the steps of one.
+    job, step = (int(slurm.get(name, 0)) for name in ('SLURM_JOB_ID', 'SLURM_STEP_ID'))
+    os.environ.setdefault('MASTER_PORT', str(20000 + (job + 1000 * step) % 10000))
+    return f'{job}.{step}'

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from unittest.mock import patch
@@ -145,6 +146,22 @@ def test_srun_on_two_nodes(tmp_path):
     assert found == dict(RANK='5', LOCAL_RANK='1', WORLD_SIZE='8', MASTER_ADDR='node7', MASTER_PORT='23456')
 
 
+def test_steps_of_one_job_meet_at_ports_of_their_own():
+    ports = {exported(SRUN | dict(SLURM_STEP_ID=step))['MASTER_PORT'] for step in ('0', '1', '2')}
+    assert ports == {'23456', '24456', '25456'}
+
+
+def test_a_port_that_is_in_use_is_told():
+    with socket.socket() as other, environment(SRUN | dict(SLURM_PROCID='0', CUDA_VISIBLE_DEVICES='')):
+        other.bind(('127.0.0.1', 0))
+        other.listen()
+        os.environ['MASTER_PORT'] = str(other.getsockname()[1])
+        with pytest.raises(
+            OSError, match=f'port {os.environ["MASTER_PORT"]}, where the processes were to meet, is in use'
+        ):
+            launch.set_launcher(Config(dict(model=dict())))
+
+
 def test_an_address_that_is_set_stays():
     found = exported(SRUN | dict(MASTER_ADDR='10.0.0.1', MASTER_PORT='1234'))
     assert (found['MASTER_ADDR'], found['MASTER_PORT']) == ('10.0.0.1', '1234')
@@ -231,6 +248,27 @@ def test_two_processes_train(launcher, folder, tmp_path):
     assert checkpoint['meta']['iter'] == 2
     assert checkpoint['state_dict']['backbone.bn1.num_batches_tracked'] == 2
     assert all(value.isfinite().all() for value in checkpoint['state_dict'].values())
+
+
+@pytest.mark.slow
+def test_a_process_of_another_step_does_not_join(folder, tmp_path):
+    """Of two steps of one job that were given the same port rank 1 of the second comes first to rank 0 of the first."""
+    first, second = ([task | dict(SLURM_STEP_ID=step) for task in step_of_two()] for step in '01')
+    meeting = dict(MASTER_PORT=str(free_port()), OMP_NUM_THREADS='1')
+
+    def start(task, work_dir):
+        args = ['train', CAMVID, '--work-dir', tmp_path / work_dir, *arguments(str(folder / 'data'))]
+        return Tool(*args, cwd=tmp_path, **task | meeting)
+
+    stranger, zero = start(second[1], 'second'), start(first[0], 'first')
+    time.sleep(10)  # both are there by now
+    one = start(first[1], 'first')
+    done = [task.wait() for task in (zero, one)]
+    assert [task.returncode for task in done] == [0, 0], done[0].stderr + done[1].stderr
+    assert (tmp_path / 'first/iter_2.pth').exists()
+    stranger.process.join(30)
+    assert stranger.process.exitcode == 1
+    assert not (tmp_path / 'second').exists()
 
 
 @pytest.mark.slow
