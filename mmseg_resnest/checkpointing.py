@@ -114,6 +114,8 @@ class CheckpointHook(_CheckpointHook):
                 if name in ('keep_ckpt_ids', 'outdated_best') or name.startswith(('best_ckpt', 'best_score')):
                     runner.message_hub.runtime_info.pop(name)
         super().before_train(runner)
+        if '://' not in str(self.out_dir):
+            claim(self.out_dir)
         keys = self.key_indicators if self.save_best else []
         suffixes = {key: '' if len(keys) == 1 else f'_{key}' for key in keys}
         best = {key: self._here(runner, f'best_ckpt{suffix}') for key, suffix in suffixes.items()}
@@ -141,8 +143,9 @@ class CheckpointHook(_CheckpointHook):
             self._sources = [*self._sources, self._save['id']]
 
     def after_run(self, runner: Runner) -> None:
-        """Gives the work dir up."""
+        """Gives the work dir up, and the folder of the checkpoints."""
         release(runner.work_dir)
+        release(self.out_dir or runner.work_dir)
 
     def _check_readable(self, runner: Runner) -> None:
         """Tries what is known before the first save, so that no run is lost that could not be resumed."""

@@ -22,6 +22,8 @@ def claim(work_dir: str | Path) -> None:
     The lock is the operating system's (POSIX, ``fcntl``): workers that rank 0 forks have no part in it. Network file
     systems that know such locks hold it against other machines; of those that do not, the log tells.
 
+    The folder is made if need be.
+
     Raises:
         ValueError: Another run has it, on all processes.
     """
@@ -40,6 +42,7 @@ def release(work_dir: str | Path) -> None:
 def _lock(path: Path) -> str | None:
     """Locks a file that says by whom; returns why not, if another process has."""
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         file = _held.get(path) or path.open('a+')  # a second one, closed, would give up the lock
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

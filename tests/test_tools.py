@@ -1,5 +1,6 @@
 """tools/train.py and tools/test.py as commands: what they do, and what they say when they cannot."""
 
+import argparse
 import json
 import math
 import os
@@ -292,6 +293,15 @@ def test_testing(trained, tmp_path):
     assert len(pictures) == 4
     assert {cv2.imread(str(picture)).shape for picture in pictures} == {(48, 128, 3)}  # truth and prediction
     assert (trained / 'work_dirs' / 'pspnet_resnest50_camvid').is_dir()  # the default
+
+
+def test_a_new_run_in_a_work_dir_with_checkpoints_is_warned(tmp_path):
+    set_start = runpy.run_path(str(ROOT / 'tools' / 'train.py'))['set_start']
+    cfg, args = Config(dict(work_dir=str(tmp_path))), argparse.Namespace(resume=None, fine_tune=None)
+    assert set_start(cfg, args) == []
+    (tmp_path / 'last_checkpoint').write_text('iter_3.pth')
+    (remark,) = set_start(cfg, args)
+    assert remark.startswith(f'{tmp_path} has the checkpoints of another run: this new one replaces')
 
 
 @pytest.mark.parametrize('kind', ['mmseg_resnest.EncoderDecoder', 'mmseg.EncoderDecoder', EncoderDecoder])

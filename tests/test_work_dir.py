@@ -9,7 +9,7 @@ import sys
 import pytest
 from test_checkpointing import run
 from test_signals import command, ended, wait_for_log
-from tiny import Tool, run_tool, write_data_set
+from tiny import CAMVID, Tool, run_tool, write_data_set
 
 from mmseg_resnest import work_dir
 from mmseg_resnest.checkpointing import newest_checkpoint
@@ -41,6 +41,15 @@ def test_a_second_run_does_not_start_and_leaves_the_first_ones_files(tmp_path):
         first.wait()
         run(tmp_path, 3).train()
     assert newest_checkpoint(tmp_path)[0].name == 'iter_3.pth'
+
+
+def test_checkpoints_elsewhere_are_one_runs_too(tmp_path):
+    """MMEngine puts them into a folder of out_dir that is named as the work dir."""
+    with ended(holder(tmp_path / 'out/w')) as first:
+        assert first.stdout.readline() == 'held\n'
+        with pytest.raises(ValueError, match=f'{tmp_path}/out/w: another run is training here: process {first.pid} on'):
+            run(tmp_path / 'other/w', 1, out_dir=str(tmp_path / 'out')).train()
+        assert newest_checkpoint(tmp_path / 'out/w') == (None, [])
 
 
 def test_a_process_may_claim_again_and_keeps_it_until_its_run_is_over(tmp_path):
@@ -85,10 +94,14 @@ def test_the_tool_does_not_start_a_second_run(tmp_path):
     tool = Tool('train', *command(data), cwd=tmp_path)
     with ended(tool.process) as first:
         wait_for_log('Iter(train)', tmp_path)
-        done = run_tool('train', *command(data), cwd=tmp_path)
+        before = {path: path.read_bytes() for path in (tmp_path / 'w').glob('*') if path.is_file()}
+        done = run_tool('train', *command(data, 'optim_wrapper.optimizer.lr=0.5'), cwd=tmp_path)
         assert done.returncode == 1
         assert f'another run is training here: process {first.pid} on ' in done.stderr
         assert 'Traceback' not in done.stderr
+        assert {path.name for path in before} == {CAMVID.name, LOCK}
+        assert {path: path.read_bytes() for path in before} == before
+        assert len(list((tmp_path / 'w').glob('*/'))) == 1  # the log of the first
         first.terminate()
         assert tool.wait().returncode == 143
     assert (tmp_path / 'w' / LOCK).exists()

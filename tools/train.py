@@ -9,14 +9,16 @@ The launcher is detected; a GPU is used where there is one.
 """
 
 import argparse
+from pathlib import Path
 
 from mmengine.config import Config
 
 from mmseg_resnest import cli, launch
-from mmseg_resnest.checkpointing import agreed_checkpoint, check_agreement, goes_on_from
+from mmseg_resnest.checkpointing import LAST, agreed_checkpoint, check_agreement, goes_on_from
 from mmseg_resnest.checkpoints import StrictLoading
 from mmseg_resnest.dataset_check import add_skip_option, check_before_run
 from mmseg_resnest.datasets import check_classes
+from mmseg_resnest.work_dir import claim
 
 DTYPES = {'bf16': 'bfloat16', 'fp16': 'float16', 'off': 'float32'}
 
@@ -74,6 +76,11 @@ def set_start(cfg: Config, args: argparse.Namespace) -> list[str]:
         resume = newest or (None if resume is True else resume)
         if not resume:
             remarks.append(f'No checkpoint in {cfg.work_dir} to go on from: a new run')
+    elif not resume and Path(cfg.work_dir, LAST).exists():
+        remarks.append(
+            f'{cfg.work_dir} has the checkpoints of another run: this new one replaces those of the same name, and its '
+            'own will be gone on from. --work-dir names another place, --resume goes on with that run'
+        )
     cfg.resume = bool(resume)
     if cfg.resume:
         if isinstance(resume, str):  # named, by the command line or the config
@@ -108,6 +115,7 @@ def train(args: argparse.Namespace) -> None:
     if args.seed is not None:
         cfg.randomness = dict(cfg.get('randomness') or {}, seed=args.seed)
     launch.set_launcher(cfg)
+    claim(cfg.work_dir)  # before it is read, and written to
     remarks = set_start(cfg, args)
     keep_alive(cfg)
     runner = cli.build_runner(cfg)
