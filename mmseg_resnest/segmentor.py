@@ -167,7 +167,8 @@ class EncoderDecoder(_EncoderDecoder):
             data_samples: Those of the images; None: images are as large as their files, and samples are made.
 
         Returns:
-            The samples with ``pred_sem_seg`` (1, H, W), uint8 for up to 256 classes, and ``seg_logits`` (C, H, W).
+            The samples with ``pred_sem_seg`` (1, H, W), uint8 for up to 256 classes, ``seg_logits`` (C, H, W), and
+            ``finite``: whether the logits are (``inference.check_finite``).
         """
         if not predicts_from_logits(self):
             with cudnn_search(enabled=False):

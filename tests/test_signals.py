@@ -155,6 +155,25 @@ def is_reading(pid, file) -> bool:
     return str(file) in map(os.path.realpath, Path(f'/proc/{pid}/fd').iterdir()) and state(pid) == 'S'
 
 
+@pytest.mark.parametrize('handler', [signal.SIG_IGN, signal.SIG_DFL], ids=['ignored', 'not ignored'])
+def test_sighup_that_is_ignored_stays_so(handler):
+    """As under nohup."""
+    before = signal.signal(signal.SIGHUP, handler)
+    hook = SignalHook()
+    hook._wrapper = SimpleNamespace(signal=0)
+    hook._take()
+    try:
+        taken = signal.getsignal(signal.SIGHUP) != handler
+        os.kill(os.getpid(), signal.SIGHUP)
+        os.kill(os.getpid(), signal.SIGUSR1)  # which comes after it
+        wait_for(lambda: hook._received == signal.SIGUSR1)
+    finally:
+        hook._give_back()
+        left = signal.signal(signal.SIGHUP, before)
+    assert taken == (handler == signal.SIG_DFL)
+    assert left == handler
+
+
 def test_a_forked_process_does_not_tell_its_signals_to_the_one_that_trains():
     """Ctrl-C while a worker starts is one SIGINT of the training process, not two."""
     hook = SignalHook()

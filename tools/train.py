@@ -78,8 +78,8 @@ def set_start(cfg: Config, args: argparse.Namespace) -> list[str]:
             remarks.append(f'No checkpoint in {cfg.work_dir} to go on from: a new run')
     elif not resume and Path(cfg.work_dir, LAST).exists():
         remarks.append(
-            f'{cfg.work_dir} has the checkpoints of another run: this new one replaces those of the same name, and its '
-            'own will be gone on from. --work-dir names another place, --resume goes on with that run'
+            f'{cfg.work_dir} has the checkpoints of another run: this new one replaces those of the same name, and '
+            'is the one to go on with once it has saved. --work-dir names another place, --resume goes on with that run'
         )
     cfg.resume = bool(resume)
     if cfg.resume:
