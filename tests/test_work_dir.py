@@ -64,7 +64,7 @@ def test_a_process_may_claim_again_and_keeps_it_until_its_run_is_over(tmp_path):
 
 def test_a_worker_that_outlives_its_killed_trainer_does_not_hold_on(tmp_path):
     """It has all of the trainer's open files."""
-    then = 'import os; worker = os.fork(); print(worker or "", flush=True); time.sleep(600)'
+    then = 'import os; worker = os.fork(); worker and print(worker, flush=True); time.sleep(600)'
     with ended(holder(tmp_path, then)) as first:
         assert first.stdout.readline() == 'held\n'
         worker = int(first.stdout.readline())
