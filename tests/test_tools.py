@@ -22,6 +22,7 @@ from mmseg.datasets import ADE20KDataset
 from mmseg.registry import MODELS
 from tiny import CAMVID, CLASSES, ENVIRONMENT, OPTIONS, ROOT, Payload, run_tool, write_data_set
 
+from mmseg_resnest.cli import UsageError
 from mmseg_resnest.resnest import SplitAttentionConv2d
 from mmseg_resnest.segmentor import EncoderDecoder
 
@@ -185,12 +186,11 @@ def test_resume_from_a_file(trained, tmp_path):
 def test_a_restart_that_has_saved_nothing_goes_back_to_the_named_file_again(trained, tmp_path):
     """And goes on from the newest once it has, though the work dir holds a run of later iterations."""
     work_dir, options = tmp_path / 'w', [*WITHOUT_VALIDATION, 'default_hooks.checkpoint.interval=1']
-    shutil.copytree(trained / 'w', work_dir)
+    succeed('train', CAMVID, '--work-dir', work_dir, '--seed', '1', *options, 'train_cfg.max_iters=1', cwd=trained)
     first = work_dir / 'iter_1.pth'
-    command = ['train', CAMVID, '--work-dir', work_dir, '--seed', '1', *options]
-    succeed(*command, 'train_cfg.max_iters=1', cwd=trained)
+    shutil.copy(trained / 'w' / 'iter_2.pth', work_dir)
     (work_dir / 'last_checkpoint').write_text('iter_2.pth')
-    command[4:4] = ['--resume', first]
+    command = ['train', CAMVID, '--work-dir', work_dir, '--resume', first, '--seed', '1', *options]
     again = dict(cwd=trained, TORCHELASTIC_RESTART_COUNT='1')
     out = succeed(*command, 'train_cfg.max_iters=3', **again)
     assert f'Started again before it saved: from {first} again, not from {work_dir}/iter_2.pth' in out
@@ -295,13 +295,20 @@ def test_testing(trained, tmp_path):
     assert (trained / 'work_dirs' / 'pspnet_resnest50_camvid').is_dir()  # the default
 
 
-def test_a_new_run_in_a_work_dir_with_checkpoints_is_warned(tmp_path):
+def test_a_new_run_does_not_go_on_from_an_earlier_one_in_its_work_dir(tmp_path, monkeypatch):
     set_start = runpy.run_path(str(ROOT / 'tools' / 'train.py'))['set_start']
     cfg, args = Config(dict(work_dir=str(tmp_path))), argparse.Namespace(resume=None, fine_tune=None)
     assert set_start(cfg, args) == []
-    (tmp_path / 'last_checkpoint').write_text('iter_3.pth')
-    (remark,) = set_start(cfg, args)
-    assert remark.startswith(f'{tmp_path} has the checkpoints of another run: this new one replaces')
+    (tmp_path / 'iter_3.pth').write_bytes(b'')
+    moved = f'what an earlier one saved there (iter_3.pth) is now in {tmp_path}/earlier_1'
+    assert set_start(cfg, args) == [f'A new run begins in {tmp_path}: {moved}']
+    args.resume = True
+    with pytest.raises(UsageError, match=f'saved nothing to go on from, only those before it, as {tmp_path}/earlier_1'):
+        set_start(cfg, args)
+    monkeypatch.setenv('TORCHELASTIC_RESTART_COUNT', '1')  # then it is clear which run is meant
+    for args.resume in (True, None):
+        assert set_start(cfg, args) == [f'No checkpoint in {tmp_path} to go on from: a new run']
+        assert not cfg.resume
 
 
 @pytest.mark.parametrize('kind', ['mmseg_resnest.EncoderDecoder', 'mmseg.EncoderDecoder', EncoderDecoder])
