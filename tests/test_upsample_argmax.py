@@ -263,22 +263,29 @@ def test_rows_are_not_shared_among_threads(monkeypatch):
     assert (labels == 1).all()
 
 
-def test_callers_in_several_threads_leave_the_number_of_threads_as_it_was():
+def test_other_threads_keep_their_number_of_threads(monkeypatch):
+    """Also one that begins while a row is finished."""
+    module, found = sys.modules[upsample_argmax.__module__], []
+
+    def decide(z, *_):
+        with ThreadPoolExecutor(1) as pool:
+            found.append(pool.submit(torch.get_num_threads).result())
+        return torch.zeros(len(z)), None
+
+    def call():
+        upsample_argmax(torch.zeros(1, 5, 4, 4), Placement((2, 8)), impl='torch')
+        return torch.get_num_threads()
+
+    monkeypatch.setattr(module, '_decide', decide)
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(3)
-        for _ in range(5):
-            with ThreadPoolExecutor(4) as pool:
-                list(
-                    pool.map(
-                        lambda _: upsample_argmax(torch.zeros(1, 5, 9, 9), Placement((60, 60)), impl='torch'), range(8)
-                    )
-                )
-            with ThreadPoolExecutor(1) as pool:
-                assert pool.submit(torch.get_num_threads).result() == 3
-            assert torch.get_num_threads() == 3
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(call).result() == 3
+        assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(before)
+    assert found == [3, 3]
 
 
 @pytest.mark.parametrize(

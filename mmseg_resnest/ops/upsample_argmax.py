@@ -1,9 +1,12 @@
 """Bilinear upsampling of logits fused with their argmax: full-resolution logits are never stored."""
 
+import functools
+import math
 from collections.abc import Iterator
-from threading import Lock
+from contextlib import AbstractContextManager
 
 import torch
+from threadpoolctl import ThreadpoolController
 from torch import Tensor
 
 from mmseg_resnest.ops.placement import Placement, Taps, check_placement, label_type, place, row_taps
@@ -12,6 +15,7 @@ IMPLEMENTATIONS = ('triton', 'torch', 'exact')
 BAND = 128  # rows of pixels for which the plain path holds the logits of their width
 SEGMENT = 1 << 17  # logits of a row that it finishes at a time: they stay in the cache
 CHUNK = 1 << 24  # the exact path holds so many interpolated logits at a time
+LOG2_E = math.log2(math.e)
 
 
 def upsample_argmax(
@@ -93,7 +97,7 @@ def _in_bands(
             index, weight = (part[start : start + BAND] for part in taps)
             first = int(index.min())
             wide = _along_width(image[:, first : int(index.max()) + 1], placement)
-            with _one_thread:
+            with _one_thread():
                 for y, columns, z in _rows(wide, Taps(index - first, weight)):
                     labels[n, start + y, columns], sure = _decide(z, threshold, confidence)
                     if confidence:
@@ -111,29 +115,18 @@ def _along_width(image: Tensor, placement: Placement) -> Tensor:
     return wide.permute(0, 2, 3, 1)[0].contiguous()
 
 
-class _OneThread:
+@functools.cache
+def _thread_pools() -> ThreadpoolController:
+    return ThreadpoolController()
+
+
+def _one_thread() -> AbstractContextManager:
     """Keeps torch from sharing a row among threads: hardly faster, and on a busy machine they wait for each other.
 
-    torch's number is each thread's own, and what new ones begin with. Of callers in several threads the first sees it.
+    Of OpenMP, whose number is the calling thread's own: ``torch.set_num_threads`` would also set what new ones get.
     """
-
-    def __init__(self) -> None:
-        self._lock, self._callers, self._threads = Lock(), 0, 1
-
-    def __enter__(self) -> None:
-        with self._lock:
-            if not self._callers:
-                self._threads = torch.get_num_threads()
-            self._callers += 1
-            torch.set_num_threads(1)
-
-    def __exit__(self, *_: object) -> None:
-        with self._lock:
-            self._callers -= 1
-            torch.set_num_threads(self._threads)
-
-
-_one_thread = _OneThread()
+    torch.get_num_threads()  # which sets a new thread's number, at the first time it is asked
+    return _thread_pools().limit(limits=1, user_api='openmp')
 
 
 def _rows(wide: Tensor, taps: Taps) -> Iterator[tuple[int, slice, Tensor]]:
@@ -161,7 +154,8 @@ def _decide(z: Tensor, threshold: float | None, confidence: bool) -> tuple[Tenso
     labels = torch.from_numpy(z.numpy().argmax(-1))
     if not confidence:
         return labels, None
-    return labels, z.sub_(z.amax(1, keepdim=True)).exp_().sum(1).reciprocal_()
+    z.sub_(z.amax(1, keepdim=True)).mul_(LOG2_E).exp2_()  # exp is MKL's, of as many threads as the process has
+    return labels, z.sum(1).reciprocal_()
 
 
 def _exactly(
