@@ -27,7 +27,7 @@ def test_training_speed(tmp_path):
     speed = sides['ours']
     assert speed['images_per_s'] == pytest.approx(2 / speed['ms'] * 1000)  # batch 2
     assert speed['steps'] == 2
-    assert 0 < speed['ceiling_share'] < 1
+    assert speed['ceiling_share'] > 0  # below 1 only where nothing else runs: the ceiling is measured apart
     assert speed['gib'] is None  # of a GPU
     assert 'OneDL' not in output  # mmsegmentation's debug lines
     assert re.match(r'CPU, torch \S+\nA large matrix product runs at \d+ TFLOP/s\n', output)

@@ -506,6 +506,8 @@ class End(Hook):
     def before_train_iter(self, runner, batch_idx, data_batch=None):
         if runner.iter + 1 == self.iteration and self.number == signal.SIGUSR1:
             os.kill(os.getpid(), self.number)
+            (hook,) = (each for each in runner.hooks if isinstance(each, SignalHook))
+            wait_for(lambda: hook._received)  # by its thread
 
     def before_val_epoch(self, runner):
         if runner.iter == self.iteration and self.number == signal.SIGKILL:

@@ -228,19 +228,19 @@ def one_machine_of_two():
 @pytest.mark.parametrize('machine', [0, 1])
 def test_a_rank_of_two_machines_that_is_killed_is_restarted(machine, data, tmp_path):
     """Each torchrun counts the restarts by itself; all ranks go on from the checkpoint, to the end."""
-    saving = ['default_hooks.checkpoint.interval=2', 'env_cfg.dist_cfg.timeout=30', 'train_cfg.max_iters=12']
+    saving = ['default_hooks.checkpoint.interval=2', 'env_cfg.dist_cfg.timeout=30', 'train_cfg.max_iters=20']
     options = [*one_machine_of_two(), '--max-restarts', '2']
     with (
         torchrun(tmp_path, *command(data, *saving), options=options) as first,
         torchrun(tmp_path, *command(data, *saving), options=options) as second,
     ):
-        wait_for_log('3/12]', tmp_path)
+        wait_for_log('3/20]', tmp_path)
         (rank,) = children((first, second)[machine].pid)
         os.kill(rank, signal.SIGKILL)
         assert [first.wait(150), second.wait(150)] == [0, 0], (tmp_path / 'out').read_text()
     out = (tmp_path / 'out').read_text()
     assert int(re.search(r'resumed epoch: 0, iter: (\d+)', out)[1]) >= 2
-    assert 'Trained 12 iterations' in out
+    assert 'Trained 20 iterations' in out
 
 
 @pytest.mark.slow

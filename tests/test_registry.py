@@ -270,6 +270,7 @@ def test_training_from_a_downstream_text_config(tmp_path):
     cfg = Config.fromfile(tmp_path / 'config.py')
     cfg.work_dir = str(tmp_path / 'out')
     cfg.experiment_name = 'test_registry'
+    cfg.randomness = dict(seed=0)
     runner = Runner.from_cfg(cfg)
     before = {name: p.detach().clone() for name, p in runner.model.named_parameters()}
     runner.train()

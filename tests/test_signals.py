@@ -50,7 +50,7 @@ def ended(process):
 
 def wait_for_log(text, folder) -> None:
     """Waits until the log of the run in ``folder`` has ``text``."""
-    wait_for(lambda: any(text in path.read_text() for path in folder.glob('w/*/*.log')), 120, 0.05)
+    wait_for(lambda: any(text in path.read_text() for path in folder.glob('w/*/*.log')), 300, 0.05)
 
 
 def children(pid) -> list[int]:
@@ -199,7 +199,7 @@ def test_a_worker_that_a_server_has_forked_ends_with_its_trainer_only():
     assert len(list(loader)) == 2
     (worker,) = loader._iterator._workers
     subprocess.run(['kill', '-TERM', str(worker.pid)], check=True)
-    worker.join(0.5)
+    worker.join(2)
     assert worker.is_alive()
     worker.terminate()
     worker.join(10)

@@ -271,6 +271,7 @@ def test_bad_arguments(change, message):
 
 
 @pytest.mark.parametrize('align_corners', [False, True])
+@settings(deadline=None)
 @given(sizes=st.tuples(st.integers(1, 30), st.integers(1, 60)))
 def test_axis_equals_torch(align_corners, sizes):
     values = torch.randn(1, 1, sizes[0], dtype=torch.float64)

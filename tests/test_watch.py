@@ -15,7 +15,7 @@ from tiny import CAMVID, Tool, write_data_set
 
 from mmseg_resnest.watch import EXIT_STALLED, WatchHook
 
-TIMEOUT = 4
+TIMEOUT = 6
 SHORT = f'custom_hooks.4.timeout={TIMEOUT}'  # WatchHook's
 KILLED_AFTER = 30  # seconds, in which torchrun lets the other ranks end by themselves
 SLACK = 30  # for a machine with much to do
@@ -62,7 +62,7 @@ def test_a_rank_whose_data_do_not_come_is_named(tmp_path):
     first, second = (Tool('train', *args, cwd=tmp_path, OMP_NUM_THREADS='1', **task) for task in step_of_two())
     with ended(first.process), ended(second.process):
         writer = []
-        wait_for(lambda: writer.append(open_for_writing(pipe)) or writer[-1] is not None, 120, 0.05)
+        wait_for(lambda: writer.append(open_for_writing(pipe)) or writer[-1] is not None, 300, 0.05)
         wait_for(lambda: any(is_reading(tool.process.pid, pipe) for tool in (first, second)), 60, 0.05)
         stuck = [is_reading(tool.process.pid, pipe) for tool in (first, second)]
         assert sorted(stuck) == [False, True]
