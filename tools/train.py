@@ -9,6 +9,7 @@ The launcher is detected; a GPU is used where there is one.
 """
 
 import argparse
+import os
 from pathlib import Path
 
 from mmengine.config import Config
@@ -75,10 +76,11 @@ def set_start(cfg: Config, args: argparse.Namespace) -> list[str]:
             remarks = [f'Started again before it saved: from {resume} again, not from {newest}']
             newest = None
         resume = newest or (None if resume is True else resume)
-        if not resume and not restarted and (earlier := sorted(Path(cfg.work_dir).glob(f'{EARLIER}*/*.pth'))):
+        if not resume and not restarted and (earlier := list(Path(cfg.work_dir).glob(f'{EARLIER}*/*.pth'))):
             raise cli.UsageError(
                 f'{cfg.work_dir}: the last run there has saved nothing to go on from, only those before it, as '
-                f'{earlier[-1]}. Go on with one of theirs by --resume PATH, or start anew without --resume'
+                f'{max(earlier, key=os.path.getmtime)}. Go on with one of theirs by --resume PATH, or start anew '
+                'without --resume'
             )
         if not resume:
             remarks.append(f'No checkpoint in {cfg.work_dir} to go on from: a new run')
