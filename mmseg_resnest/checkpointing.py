@@ -6,7 +6,6 @@ import re
 import zipfile
 import zlib
 from collections import deque
-from itertools import count
 from logging import WARNING
 from pathlib import Path, PurePath
 from uuid import uuid4
@@ -24,7 +23,6 @@ from mmseg_resnest.work_dir import claim, release
 
 PARTIAL = '.partial'  # what the name of a file ends with until it is whole
 LAST = 'last_checkpoint'  # the file of a work dir that names the newest one
-EARLIER = 'earlier_'  # and a number: the folders of a work dir with what earlier runs saved there
 BACKEND = 'mmseg_resnest.whole_files'
 SOURCES = 100  # that a checkpoint remembers
 
@@ -104,26 +102,20 @@ class CheckpointHook(_CheckpointHook):
         self._sources = _sources_of(meta)
 
     def before_train(self, runner: Runner) -> None:
-        """Clears away what other runs left there, and finds the best one where the work dir is now.
+        """Clears away what a killed run was writing, and finds the best one where the work dir is now.
 
         Raises:
             ValueError: Another run has the work dir, or what would be saved could not be read again.
         """
         claim(runner.work_dir)
         self._check_readable(runner)
-        elsewhere = self._goes_on_from_elsewhere(runner)
-        begins = elsewhere or (runner.iter == 0 and not runner._resume)
-        if begins:
-            self._set_aside(runner, runner.work_dir)
-        if elsewhere:  # whose numbers name other files here
+        if self._goes_on_from_elsewhere(runner):  # whose numbers name other files here
             for name in list(runner.message_hub.runtime_info):
                 if name in ('keep_ckpt_ids', 'outdated_best') or name.startswith(('best_ckpt', 'best_score')):
                     runner.message_hub.runtime_info.pop(name)
         super().before_train(runner)
         if '://' not in str(self.out_dir):
             claim(self.out_dir)
-            if begins:
-                self._set_aside(runner, self.out_dir)
         keys = self.key_indicators if self.save_best else []
         suffixes = {key: '' if len(keys) == 1 else f'_{key}' for key in keys}
         best = {key: self._here(runner, f'best_ckpt{suffix}') for key, suffix in suffixes.items()}
@@ -146,8 +138,7 @@ class CheckpointHook(_CheckpointHook):
         if self._by_iteration(runner) and self.file_backend.isfile(resumed):
             self.last_ckpt = resumed
         named = _last_saved(Path(runner.work_dir))
-        other = elsewhere or named not in (None, runner._load_from and Path(runner._load_from).resolve())
-        if runner._resume and runner._load_from and other:
+        if runner._resume and runner._load_from and named not in (None, Path(runner._load_from).resolve()):
             self._save_again(runner)  # as its newest: killed before the next save, it goes on from there again
             self._sources = [*self._sources, self._save['id']]
 
@@ -155,10 +146,6 @@ class CheckpointHook(_CheckpointHook):
         """Gives the work dir up, and the folder of the checkpoints."""
         release(runner.work_dir)
         release(self.out_dir or runner.work_dir)
-
-    def _set_aside(self, runner: Runner, folder: str) -> None:
-        if remark := set_aside(folder, runner._load_from, self.filename_tmpl.format(0)):
-            runner.logger.warning(remark)
 
     def _check_readable(self, runner: Runner) -> None:
         """Tries what is known before the first save, so that no run is lost that could not be resumed."""
@@ -410,57 +397,6 @@ def newest_checkpoint(work_dir: str | Path) -> tuple[Path | None, list[str]]:
     return None, []
 
 
-def set_aside(work_dir: str | Path, load_from: str | None = None, name: str = 'iter_0.pth') -> str | None:
-    """Moves what an earlier run saved in a work dir into a folder ``earlier_N`` there, since a new run begins.
-
-    It would be overwritten, and gone on from if the new run were restarted before it saves. All processes call this;
-    rank 0 moves.
-
-    Args:
-        work_dir: The folder.
-        load_from: What the new run starts from.
-        name: What a checkpoint is called, with any numbers, beside ``iter_N.pth``, ``epoch_N.pth``, ``best_*.pth`` and
-            names like that in ``last_checkpoint``.
-
-    Returns:
-        For the log: where it is now; None if there was nothing.
-
-    Raises:
-        ValueError: ``load_from`` would be moved too, or something cannot be moved; on all processes.
-    """
-    answer: list = [None, None]
-    if is_main_process():
-        try:
-            answer[0] = _set_aside(Path(work_dir).resolve(), load_from, name)
-        except (ValueError, OSError) as error:
-            answer[1] = str(error)
-    broadcast_object_list(answer)
-    if answer[1]:
-        raise ValueError(answer[1])
-    return answer[0]
-
-
-def _set_aside(work_dir: Path, load_from: str | None, name: str) -> str | None:
-    last = _last_saved(work_dir)
-    kinds = _names_like(name, last.name if last else name)
-    best = f'best_*{Path(name).suffix}'
-    files = [path for path in work_dir.glob('*.*') if kinds.fullmatch(path.name) or path.match(best)]
-    if load_from and Path(load_from).resolve() in (path.resolve() for path in files):
-        raise ValueError(
-            f'{load_from}: found in the work dir of the run that is to start from it; expected in another folder, for '
-            'a new run sets aside what is there. Name another one with --work-dir, or move the file elsewhere'
-        )
-    files += [path for path in [work_dir / LAST] if path.exists()]
-    if not files:
-        return None
-    folder = next(path for path in (work_dir / f'{EARLIER}{number}' for number in count(1)) if not path.exists())
-    folder.mkdir()
-    for path in files:
-        path.rename(folder / path.name)
-    names = ', '.join(sorted(path.name for path in files))
-    return f'A new run begins in {work_dir}: what an earlier one saved there ({names}) is now in {folder}'
-
-
 def agreed_checkpoint(work_dir: str | Path) -> tuple[Path | None, list[str]]:
     """Returns what ``newest_checkpoint`` finds on rank 0, which all processes go on from.
 
@@ -538,12 +474,8 @@ def _last_saved(work_dir: Path) -> Path | None:
 
 def _candidates(work_dir: Path, last: Path | None) -> list[Path]:
     folders = {work_dir.resolve(), *([last.parent] if last else [])}
-    kinds = _names_like(*([last.name] if last else []))
+    name = r'(iter|epoch)_\d+\.pth'
+    if last:
+        name += '|' + re.sub(r'\d+', r'\\d+', re.escape(last.name))
     files = [path for folder in folders if folder.is_dir() for path in folder.iterdir()]
-    return sorted(path for path in files if kinds.fullmatch(path.name))
-
-
-def _names_like(*names: str) -> re.Pattern:
-    """Matches the usual names of checkpoints, and others that are ``names`` but for the numbers."""
-    kinds = (re.sub(r'\d+', r'\\d+', re.escape(name)) for name in ('iter_0.pth', 'epoch_0.pth', *names))
-    return re.compile('|'.join(kinds))
+    return sorted(path for path in files if re.fullmatch(name, path.name))

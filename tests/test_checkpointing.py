@@ -25,7 +25,6 @@ from mmseg_resnest.checkpointing import (
     agreed_checkpoint,
     goes_on_from,
     newest_checkpoint,
-    set_aside,
     write_whole,
 )
 from mmseg_resnest.checkpoints import guarded_loading, read_checkpoint
@@ -412,8 +411,7 @@ def test_going_on_from_another_run_deletes_nothing_here(tmp_path):
     mine = run(tmp_path / 'mine', 3, max_keep_ckpts=1)
     mine._load_from, mine._resume = str(tmp_path / 'other/iter_2.pth'), True
     mine.train()
-    assert (tmp_path / 'mine/earlier_1/iter_1.pth').read_bytes() == before
-    assert files(tmp_path / 'mine') == ['iter_3.pth']
+    assert (tmp_path / 'mine/iter_1.pth').read_bytes() == before
     assert (tmp_path / 'other/iter_2.pth').exists()
 
 
@@ -429,52 +427,7 @@ def test_going_on_from_another_run_leaves_the_best_one_here(tmp_path):
     mine.train()
     assert hook.best_ckpt_path is None
     hook._save_best_checkpoint(mine, {'images/count': 5})
-    assert (best.parent / 'earlier_1' / best.name).read_bytes() == before
-
-
-def test_a_new_run_sets_aside_what_an_earlier_one_saved(saved, monkeypatch):
-    before = {path.name: path.read_bytes() for path in saved.glob('*.pth')}
-    (saved / 'best_mIoU_iter_2.pth').write_bytes(b'best')
-    (saved / 'mine.pth').write_bytes(b'mine')
-    ended = run(saved, 3)
-    monkeypatch.setattr(ended.train_loop, 'run_iter', lambda _: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        ended.train()
-    assert newest_checkpoint(saved) == (None, [])  # and not the earlier run's
-    earlier = saved / 'earlier_1'
-    assert files(earlier) == ['best_mIoU_iter_2.pth', *sorted(before)]
-    assert {name: (earlier / name).read_bytes() for name in before} == before
-    assert newest_checkpoint(earlier)[0] == earlier / 'iter_3.pth'
-    assert (
-        'what an earlier one saved there (best_mIoU_iter_2.pth, iter_1.pth, '
-        in next(saved.rglob(f'{ended.timestamp}.log')).read_text()
-    )
-    run(saved, 2).train()
-    resumed = run(saved, 3)
-    resumed._load_from, resumed._resume = str(saved / 'iter_2.pth'), True
-    resumed.train()
-    assert files(saved) == ['iter_1.pth', 'iter_2.pth', 'iter_3.pth', 'mine.pth']
-    run(saved, 1).train()
-    assert files(saved) == ['iter_1.pth', 'mine.pth']
-    assert files(saved / 'earlier_2') == ['iter_1.pth', 'iter_2.pth', 'iter_3.pth']
-
-
-def test_checkpoints_of_other_names_and_places_are_set_aside_too(tmp_path):
-    options = dict(out_dir=str(tmp_path / 'out'), filename_tmpl='step_{:06d}.ckpt')
-    run(tmp_path / 'w', 2, **options).train()
-    run(tmp_path / 'w', 1, **options).train()
-    names = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob('*') if path.suffix == '.ckpt'}
-    assert names == {f'out/w/{name}.ckpt' for name in ('earlier_1/step_000001', 'earlier_1/step_000002', 'step_000001')}
-    assert (tmp_path / 'w/earlier_1/last_checkpoint').read_text() == '../out/w/step_000002.ckpt'
-    assert newest_checkpoint(tmp_path / 'w')[0] == tmp_path / 'out/w/step_000001.ckpt'
-
-
-def test_what_a_new_run_starts_from_is_not_set_aside(saved):
-    for load_from in (saved / 'iter_2.pth', saved / '../w/iter_2.pth'):
-        with pytest.raises(ValueError, match=f'{load_from}: found in the work dir of the run that is to start from it'):
-            set_aside(saved, str(load_from))
-    assert files(saved) == ['iter_1.pth', 'iter_2.pth', 'iter_3.pth']
-    assert newest_checkpoint(saved)[0] == saved / 'iter_3.pth'
+    assert best.read_bytes() == before
 
 
 def test_a_best_one_that_is_still_the_best_is_not_outdated(tmp_path, monkeypatch):

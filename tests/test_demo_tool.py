@@ -13,9 +13,12 @@ from tiny import ROOT
 def test_the_demo_leaves_figures_and_pictures(tmp_path):
     short = ['--cfg-options', 'train_cfg.max_iters=25', 'train_cfg.val_interval=99', 'param_scheduler.0.end=25']
     command = [sys.executable, ROOT / 'tools' / 'demo.py', *short, 'default_hooks.checkpoint.interval=25']
+    folder = tmp_path / 'work_dirs' / 'demo'
+    folder.mkdir(parents=True)
+    (folder / 'iter_9000.pth').write_bytes(b'of an earlier demo')
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    folder = tmp_path / 'work_dirs' / 'demo'
+    assert [path.name for path in folder.glob('iter_*.pth')] == ['iter_25.pth']
     result = json.loads((folder / 'result.json').read_text())
     assert result['mIoU'] > 8  # one class for all would give at most 2: already here it learns
     assert len(result['classes']) == 12

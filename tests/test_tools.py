@@ -1,6 +1,5 @@
 """tools/train.py and tools/test.py as commands: what they do, and what they say when they cannot."""
 
-import argparse
 import json
 import math
 import os
@@ -22,7 +21,6 @@ from mmseg.datasets import ADE20KDataset
 from mmseg.registry import MODELS
 from tiny import CAMVID, CLASSES, ENVIRONMENT, OPTIONS, ROOT, Payload, run_tool, write_data_set
 
-from mmseg_resnest.cli import UsageError
 from mmseg_resnest.resnest import SplitAttentionConv2d
 from mmseg_resnest.segmentor import EncoderDecoder
 
@@ -295,20 +293,17 @@ def test_testing(trained, tmp_path):
     assert (trained / 'work_dirs' / 'pspnet_resnest50_camvid').is_dir()  # the default
 
 
-def test_a_new_run_does_not_go_on_from_an_earlier_one_in_its_work_dir(tmp_path, monkeypatch):
-    set_start = runpy.run_path(str(ROOT / 'tools' / 'train.py'))['set_start']
-    cfg, args = Config(dict(work_dir=str(tmp_path))), argparse.Namespace(resume=None, fine_tune=None)
-    assert set_start(cfg, args) == []
-    (tmp_path / 'iter_3.pth').write_bytes(b'')
-    moved = f'what an earlier one saved there (iter_3.pth) is now in {tmp_path}/earlier_1'
-    assert set_start(cfg, args) == [f'A new run begins in {tmp_path}: {moved}']
-    args.resume = True
-    with pytest.raises(UsageError, match=f'saved nothing to go on from, only those before it, as {tmp_path}/earlier_1'):
-        set_start(cfg, args)
-    monkeypatch.setenv('TORCHELASTIC_RESTART_COUNT', '1')  # then it is clear which run is meant
-    for args.resume in (True, None):
-        assert set_start(cfg, args) == [f'No checkpoint in {tmp_path} to go on from: a new run']
-        assert not cfg.resume
+def test_a_new_run_does_not_replace_the_checkpoints_of_an_earlier_one(trained, tmp_path):
+    work_dir = tmp_path / 'w'
+    command = ['train', CAMVID, '--work-dir', work_dir, *WITHOUT_VALIDATION, 'train_cfg.max_iters=3']
+    shutil.copytree(trained / 'w', work_dir)
+    before = {path: path.read_bytes() for path in work_dir.glob('*.*') if path.name != '.lock'}
+    done = run_tool(*command, cwd=trained)
+    assert done.returncode == 2
+    assert f'{work_dir}/iter_2.pth: found an earlier run, whose checkpoints a new one would replace' in done.stderr
+    assert {path: path.read_bytes() for path in before} == before
+    out = succeed(*command, cwd=trained, SLURM_RESTART_COUNT='1')
+    assert 'resumed epoch: 0, iter: 2' in out
 
 
 @pytest.mark.parametrize('kind', ['mmseg_resnest.EncoderDecoder', 'mmseg.EncoderDecoder', EncoderDecoder])

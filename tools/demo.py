@@ -2,11 +2,13 @@
 
   python tools/demo.py
 
-It writes into data/demo and work_dirs/demo of the current folder. What is given to it goes to tools/train.py.
+It writes into data/demo and work_dirs/demo of the current folder, and deletes what an earlier demo left in the latter,
+unless it is to --resume. What is given to it goes to tools/train.py.
 """
 
 import argparse
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -38,6 +40,8 @@ def main() -> None:
     )
     _, for_training = parser.parse_known_args()
     start = time.monotonic()
+    if not any(option.startswith('--resume') for option in for_training):
+        shutil.rmtree(WORK_DIR, ignore_errors=True)
     where = ('--work-dir', str(WORK_DIR))
     labels, result = WORK_DIR / 'labels', WORK_DIR / 'result.json'
     step('Generating street scenes', '-m', 'mmseg_resnest.demo', DATA)

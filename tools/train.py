@@ -9,13 +9,11 @@ The launcher is detected; a GPU is used where there is one.
 """
 
 import argparse
-import os
-from pathlib import Path
 
 from mmengine.config import Config
 
 from mmseg_resnest import cli, launch
-from mmseg_resnest.checkpointing import EARLIER, agreed_checkpoint, check_agreement, goes_on_from, set_aside
+from mmseg_resnest.checkpointing import agreed_checkpoint, check_agreement, goes_on_from
 from mmseg_resnest.checkpoints import StrictLoading
 from mmseg_resnest.dataset_check import add_skip_option, check_before_run
 from mmseg_resnest.datasets import check_classes
@@ -62,28 +60,29 @@ def set_start(cfg: Config, args: argparse.Namespace) -> list[str]:
 
     Returns:
         For the log: which newer checkpoints were skipped and why, or that there is none to go on from.
+
+    Raises:
+        UsageError: A new run would replace the checkpoints of an earlier one, or is asked to start from two.
     """
     if args.fine_tune and isinstance(args.resume, str):
         raise cli.UsageError('--fine-tune starts a run and --resume PATH goes on with one; give one of them')
     # As MMEngine has it, resume=True in a config goes on from load_from, if that is set.
     resume = args.resume or (cfg.get('resume') and (cfg.get('load_from') or True))
     remarks = []
-    restarted = launch.is_restarted()
-    if resume is True or restarted:
+    if resume is True or launch.is_restarted():
         newest, skipped = agreed_checkpoint(cfg.work_dir)
         remarks = [f'Not resumed from: {reason}' for reason in skipped]
         if isinstance(resume, str) and newest and not goes_on_from(newest, resume):
             remarks = [f'Started again before it saved: from {resume} again, not from {newest}']
             newest = None
         resume = newest or (None if resume is True else resume)
-        if not resume and not restarted and (earlier := list(Path(cfg.work_dir).glob(f'{EARLIER}*/*.pth'))):
-            raise cli.UsageError(
-                f'{cfg.work_dir}: the last run there has saved nothing to go on from, only those before it, as '
-                f'{max(earlier, key=os.path.getmtime)}. Go on with one of theirs by --resume PATH, or start anew '
-                'without --resume'
-            )
         if not resume:
             remarks.append(f'No checkpoint in {cfg.work_dir} to go on from: a new run')
+    elif not resume and (newest := agreed_checkpoint(cfg.work_dir)[0]):
+        raise cli.UsageError(
+            f'{newest}: found an earlier run, whose checkpoints a new one would replace; expected a work dir without '
+            'any. Go on with that run by --resume, name another folder with --work-dir, or move its checkpoints away'
+        )
     cfg.resume = bool(resume)
     if cfg.resume:
         if isinstance(resume, str):  # named, by the command line or the config
@@ -91,8 +90,6 @@ def set_start(cfg: Config, args: argparse.Namespace) -> list[str]:
         cfg.load_from = cli.existing_checkpoint(resume)
     elif args.fine_tune:
         cfg.load_from = cli.existing_checkpoint(args.fine_tune)
-    if not cfg.resume:  # not only in before_train: started again before that, it must not find them
-        remarks += filter(None, [set_aside(cfg.work_dir, cfg.get('load_from'))])
     return remarks
 
 
