@@ -456,7 +456,13 @@ BAD_INPUT = {
         2,
         'train',
         [CAMVID, '--fine-tune', 'w/iter_2.pth', '--resume', 'w/iter_2.pth', *COMMON],
-        '--fine-tune starts a run and --resume PATH goes on with one; give one of them',
+        '--fine-tune starts a run, and --resume goes on with that of w/iter_2.pth; give one of them',
+    ),
+    'to fine-tune and, in the config, to resume': (
+        2,
+        'train',
+        [CAMVID, '--fine-tune', 'w/iter_2.pth', *COMMON, 'resume=True', 'load_from=w/iter_1.pth'],
+        '--fine-tune starts a run, and the config (resume, load_from) goes on with that of w/iter_1.pth; give one',
     ),
     'no checkpoint to fine-tune': (
         2,

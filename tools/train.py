@@ -64,10 +64,13 @@ def set_start(cfg: Config, args: argparse.Namespace) -> list[str]:
     Raises:
         UsageError: A new run would replace the checkpoints of an earlier one, or is asked to start from two.
     """
-    if args.fine_tune and isinstance(args.resume, str):
-        raise cli.UsageError('--fine-tune starts a run and --resume PATH goes on with one; give one of them')
     # As MMEngine has it, resume=True in a config goes on from load_from, if that is set.
     resume = args.resume or (cfg.get('resume') and (cfg.get('load_from') or True))
+    if args.fine_tune and isinstance(resume, str):
+        raise cli.UsageError(
+            f'--fine-tune starts a run, and {"--resume" if args.resume else "the config (resume, load_from)"} goes on '
+            f'with that of {resume}; give one of them'
+        )
     remarks = []
     if resume is True or launch.is_restarted():
         newest, skipped = agreed_checkpoint(cfg.work_dir)
