@@ -22,12 +22,15 @@ def measure(config, folder, *arguments, options=()):
 
 
 def test_training_speed(tmp_path):
-    sides, output = measure(CAMVID, tmp_path)
+    for _ in range(3):  # the ceiling is measured apart: other work may fall on it alone
+        sides, output = measure(CAMVID, tmp_path)
+        if sides['ours']['ceiling_share'] < 1:
+            break
     assert list(sides) == ['ours']
     speed = sides['ours']
     assert speed['images_per_s'] == pytest.approx(2 / speed['ms'] * 1000)  # batch 2
     assert speed['steps'] == 2
-    assert speed['ceiling_share'] > 0  # below 1 only where nothing else runs: the ceiling is measured apart
+    assert 0 < speed['ceiling_share'] < 1
     assert speed['gib'] is None  # of a GPU
     assert 'OneDL' not in output  # mmsegmentation's debug lines
     assert re.match(r'CPU, torch \S+\nA large matrix product runs at \d+ TFLOP/s\n', output)

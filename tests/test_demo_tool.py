@@ -8,6 +8,24 @@ import cv2
 import pytest
 from tiny import ROOT
 
+from mmseg_resnest.work_dir import claim, release
+
+
+def test_a_demo_that_is_running_keeps_what_it_has(tmp_path):
+    folder = tmp_path / 'work_dirs' / 'demo'
+    claim(folder)
+    try:
+        (folder / 'iter_9.pth').write_bytes(b'')
+        command = [sys.executable, ROOT / 'tools' / 'demo.py']
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    finally:
+        release(folder)
+    assert done.returncode == 1
+    assert 'error: ' in done.stderr
+    assert 'another run is training here' in done.stderr
+    assert (folder / 'iter_9.pth').exists()
+    assert not (tmp_path / 'data').exists()
+
 
 @pytest.mark.slow
 def test_the_demo_leaves_figures_and_pictures(tmp_path):

@@ -329,7 +329,10 @@ def test_bad_training_samples_are_skipped_counted_and_reported(spoilt, tmp_path)
     runner = config_runner(tmp_path / 'w', spoilt, SKIP, 'train_cfg.max_iters=9')
     runner.train()
     assert runner.iter == 9
-    assert check_skipped(tmp_path / 'w') >= 6  # in three epochs
+    total = check_skipped(tmp_path / 'w')
+    assert total >= 6  # in three epochs
+    (file,) = tmp_path.rglob('bad_samples_0.txt')
+    assert len(file.read_text().splitlines()) == total  # nobody reads ahead
 
 
 def test_report_of_a_resumed_run_says_what_it_counts(spoilt, tmp_path):

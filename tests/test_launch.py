@@ -35,7 +35,7 @@ SRUN = SBATCH | dict(
 
 def free_port(ports: range = range(10_000, 32_000)) -> int:
     """Returns a port that nobody has, and that the system gives nobody who asks for any."""
-    return next(port for port in random.SystemRandom().sample(ports, len(ports)) if is_free(port))
+    return next(port for port in random.SystemRandom().sample(ports, 100) if is_free(port))
 
 
 def is_free(port: int) -> bool:

@@ -1,5 +1,6 @@
 """tools/train.py and tools/test.py as commands: what they do, and what they say when they cannot."""
 
+import argparse
 import json
 import math
 import os
@@ -291,6 +292,15 @@ def test_testing(trained, tmp_path):
     assert len(pictures) == 4
     assert {cv2.imread(str(picture)).shape for picture in pictures} == {(48, 128, 3)}  # truth and prediction
     assert (trained / 'work_dirs' / 'pspnet_resnest50_camvid').is_dir()  # the default
+
+
+def test_a_new_run_starts_without_a_remark_where_none_has_saved(tmp_path):
+    set_start = runpy.run_path(str(ROOT / 'tools' / 'train.py'))['set_start']
+    cfg, args = Config(dict(work_dir=str(tmp_path))), argparse.Namespace(resume=None, fine_tune=None)
+    assert set_start(cfg, args) == []
+    (tmp_path / 'last_checkpoint').write_text('iter_3.pth')  # of files that are gone
+    with pytest.raises(ValueError, match=r'the run has saved .*iter_3\.pth.* move last_checkpoint away to start anew'):
+        set_start(cfg, args)
 
 
 def test_a_new_run_does_not_replace_the_checkpoints_of_an_earlier_one(trained, tmp_path):

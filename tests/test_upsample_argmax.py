@@ -263,6 +263,24 @@ def test_rows_are_not_shared_among_threads(monkeypatch):
     assert (labels == 1).all()
 
 
+def test_callers_in_several_threads_leave_the_number_of_threads_as_it_was():
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        for _ in range(5):
+            with ThreadPoolExecutor(4) as pool:
+                list(
+                    pool.map(
+                        lambda _: upsample_argmax(torch.zeros(1, 5, 9, 9), Placement((60, 60)), impl='torch'), range(8)
+                    )
+                )
+            with ThreadPoolExecutor(1) as pool:
+                assert pool.submit(torch.get_num_threads).result() == 3
+            assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_other_threads_keep_their_number_of_threads(monkeypatch):
     """Also one that begins while a row is finished."""
     module, found = sys.modules[upsample_argmax.__module__], []

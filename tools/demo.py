@@ -14,6 +14,8 @@ import sys
 import time
 from pathlib import Path
 
+from mmseg_resnest.work_dir import claim, release
+
 ROOT = Path(os.path.relpath(Path(__file__).parents[1]))
 CONFIG = str(ROOT / 'configs' / 'pspnet_resnest14_demo.py')
 DATA = 'data/demo'
@@ -33,6 +35,16 @@ def tool(name: str) -> str:
     return str(ROOT / 'tools' / f'{name}.py')
 
 
+def _clear(work_dir: Path) -> None:
+    """Deletes what an earlier demo left; one that is running keeps its own."""
+    try:
+        claim(work_dir)
+    except ValueError as error:
+        sys.exit(f'error: {error}')
+    shutil.rmtree(work_dir, ignore_errors=True)
+    release(work_dir)
+
+
 def main() -> None:
     """Runs the four steps."""
     parser = argparse.ArgumentParser(
@@ -41,7 +53,7 @@ def main() -> None:
     _, for_training = parser.parse_known_args()
     start = time.monotonic()
     if not any(option.startswith('--resume') for option in for_training):
-        shutil.rmtree(WORK_DIR, ignore_errors=True)
+        _clear(WORK_DIR)
     where = ('--work-dir', str(WORK_DIR))
     labels, result = WORK_DIR / 'labels', WORK_DIR / 'result.json'
     step('Generating street scenes', '-m', 'mmseg_resnest.demo', DATA)
