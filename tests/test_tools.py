@@ -317,9 +317,8 @@ def test_a_new_run_does_not_replace_the_checkpoints_of_an_earlier_one(trained, t
 
 
 @pytest.mark.parametrize('kind', ['mmseg_resnest.EncoderDecoder', 'mmseg.EncoderDecoder', EncoderDecoder])
-def test_exact_leaves_layout_and_radix_convolutions_as_they_are(kind, monkeypatch):
+def test_exact_leaves_layout_and_radix_convolutions_as_they_are(kind):
     """On a GPU ours would make weights channels-last, and run the convolutions in parts."""
-    monkeypatch.setattr(torch.backends.cudnn, 'allow_tf32', True)
     cfg = Config.fromfile(CAMVID)
     cfg.model.backbone.update(depth=14, init_cfg=None)
     cfg.model.type = kind
@@ -329,6 +328,15 @@ def test_exact_leaves_layout_and_radix_convolutions_as_they_are(kind, monkeypatc
     assert not getattr(model, 'channels_last', False)
     convs = [module for module in model.modules() if isinstance(module, SplitAttentionConv2d)]
     assert {conv.execution_on(torch.device('cuda')) for conv in convs} == {'grouped'}
+
+
+@pytest.mark.parametrize(('options', 'allowed'), [([], True), (['--exact'], False), (['--no-tf32'], False)])
+def test_tf32_is_a_switch(options, allowed, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, 'allow_tf32', True)
+    tool = runpy.run_path(str(ROOT / 'tools' / 'test.py'))
+    args = tool['make_parser']().parse_args([str(CAMVID), 'iter_2.pth', *options])
+    tool['configure'](Config.fromfile(CAMVID), args)
+    assert torch.backends.cudnn.allow_tf32 is allowed
 
 
 EVALUATORS = {

@@ -63,6 +63,7 @@ def add_speed(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument('--batch-size', type=int, metavar='N', help="images of a batch (default: the config's)")
     group.add_argument('--dtype', choices=DTYPES, help='number format (default: float16 on a GPU, float32 on a CPU)')
+    group.add_argument('--no-tf32', action='store_true', help="float32 of 24 bits on a GPU, too, not TF32's 11")
     group.add_argument('--no-fold', action='store_true', help='leave batch norm as it is')
     group.add_argument('--no-graphs', action='store_true', help='run no size from a CUDA graph')
     group.add_argument('--compile', action='store_true', help='compile sizes that repeat, one to two minutes each')
@@ -87,7 +88,6 @@ def set_exact(cfg: Config) -> None:
     if _is_a(backbone.get('type'), ResNeSt):
         backbone.radix_conv = 'grouped'  # as mmsegmentation's own has it
     cfg.model.test_cfg.upsample_argmax = 'exact'
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     cfg.test_dataloader.pop('batch_sampler', None)
     cfg.test_dataloader.batch_size = 1
 
@@ -110,6 +110,8 @@ def configure(cfg: Config, args: argparse.Namespace) -> None:
     """Sets what the command line asks of the test."""
     if args.exact:
         set_exact(cfg)
+    if args.exact or args.no_tf32:
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     if args.batch_size is not None:
         cfg.test_dataloader.batch_size = args.batch_size
         cfg.test_dataloader.setdefault('batch_sampler', dict(type='mmseg_resnest.EqualSizeBatchSampler'))
