@@ -1,6 +1,8 @@
 """How a run's checkpoints are written, so that a whole one is there at any moment, and how it is found again."""
 
 import contextlib
+import difflib
+import inspect
 import os
 import re
 import zipfile
@@ -24,7 +26,6 @@ from mmseg_resnest.work_dir import claim, release
 PARTIAL = '.partial'  # what the name of a file ends with until it is whole
 LAST = 'last_checkpoint'  # the file of a work dir that names the newest one
 BACKEND = 'mmseg_resnest.whole_files'
-SOURCES = 100  # that a checkpoint remembers
 
 
 def write_whole(path: str | Path, content: bytes | memoryview) -> None:
@@ -85,10 +86,17 @@ class CheckpointHook(_CheckpointHook):
 
     Args:
         **kwargs: MMEngine's. ``backend_args`` for another place than a local disk writes as that backend does.
+
+    Raises:
+        ValueError: MMEngine has no such option; its own hook fails at the first save.
     """
 
     def __init__(self, **kwargs) -> None:
         super().__init__(**kwargs)
+        for name in self.args:
+            close = difflib.get_close_matches(name, inspect.signature(_CheckpointHook).parameters, n=1)
+            hint = f'did you mean {close[0]}?' if close else 'drop it'
+            raise ValueError(f'default_hooks.checkpoint: the hook has no option {name}; {hint}')
         if self.backend_args is None and self.file_client_args is None and '://' not in str(self.out_dir):
             self.backend_args = dict(backend=BACKEND)
         self._noted: int | None = None  # what the newest file says is evaluated
@@ -138,7 +146,7 @@ class CheckpointHook(_CheckpointHook):
         if self._by_iteration(runner) and self.file_backend.isfile(resumed):
             self.last_ckpt = resumed
         named = _last_saved(Path(runner.work_dir))
-        if runner._resume and runner._load_from and named not in (None, Path(runner._load_from).resolve()):
+        if runner._resume and runner._load_from and named not in (None, _in_its_folder(Path(runner._load_from))):
             self._save_again(runner)  # as its newest: killed before the next save, it goes on from there again
             self._sources = [*self._sources, self._save['id']]
 
@@ -212,7 +220,7 @@ class CheckpointHook(_CheckpointHook):
         own = work_dir = Path(runner.work_dir).resolve()
         if self.out_dir not in (None, runner.work_dir):  # as MMEngine makes it
             own = Path(self.out_dir).resolve() / work_dir.name
-        return bool(runner._load_from) and Path(runner._load_from).resolve().parent != own
+        return bool(runner._load_from) and Path(runner._load_from).parent.resolve() != own
 
     def _by_iteration(self, runner: Runner) -> bool:
         return not self.by_epoch and isinstance(runner.train_loop, IterBasedTrainLoop)
@@ -329,7 +337,7 @@ def _save_of(meta: dict) -> dict:
 def _sources_of(meta: dict) -> list[str]:
     """Returns what a checkpoint's run had gone on from, and itself: the id of its save, or when MMEngine made it."""
     save = _save_of(meta)
-    return [*save.get('sources', ()), save.get('id') or f'{meta.get("iter")} {meta.get("time")}'][-SOURCES:]
+    return [*save.get('sources', ()), save.get('id') or f'{meta.get("iter")} {meta.get("time")}']
 
 
 def goes_on_from(newest: Path, source: str | Path) -> bool:
@@ -346,8 +354,9 @@ def newest_checkpoint(work_dir: str | Path) -> tuple[Path | None, list[str]]:
 
     That is the one that ``last_checkpoint`` names, or the next save, if the run was killed before it was named. Others
     of later iterations, as of a run that has gone back to an earlier one, are told. Where it is not whole, it is the
-    one of the highest iteration. Looked at are ``iter_N.pth``, ``epoch_N.pth`` and names that are the one in
-    ``last_checkpoint`` but for the numbers, in the work dir and in that one's folder.
+    one of the highest iteration among those that are not later by their names, else of all. Looked at are
+    ``iter_N.pth``, ``epoch_N.pth`` and names that are the one in ``last_checkpoint`` but for the numbers, in the work
+    dir and in that one's folder.
 
     Args:
         work_dir: The folder; ``last_checkpoint`` in it may be MMEngine's own, with the path as the run had it.
@@ -367,11 +376,13 @@ def newest_checkpoint(work_dir: str | Path) -> tuple[Path | None, list[str]]:
         except (ValueError, OSError) as error:
             skipped.append(str(error))
     # Not by the clock, which may go back. By last_checkpoint, since a run may have gone back to an earlier one.
-    save = _save_of(metas.get(last, {}))
-    named = {last, *(path for path, meta in metas.items() if save and _save_of(meta).get('after') == save['id'])}
+    save = _save_of(metas.get(last, {})).get('id')
+    named = {last, *(path for path, meta in metas.items() if save and _save_of(meta).get('after') == save)}
+    # Of one that is damaged or gone the name is left: what is later may be of what the run has gone back from.
+    beyond = {path for path in metas if last and last not in metas and _is_later_by_name(path, last)}
 
     def order(path: Path) -> tuple:
-        return path in named, metas[path]['iter'], metas[path]['mtime']
+        return path in named, path not in beyond, metas[path]['iter'], metas[path]['mtime']
 
     while metas:
         path = max(metas, key=order)
@@ -381,8 +392,10 @@ def newest_checkpoint(work_dir: str | Path) -> tuple[Path | None, list[str]]:
         except (ValueError, OSError) as error:
             skipped.append(str(error))
             continue
-        later = [other for other in metas if path in named and metas[other]['iter'] > meta['iter']]
-        return path, skipped + [f'{other}: later than {path.name}, which the run saved last' for other in later]
+        if path in named:
+            last, beyond = path, {other for other in metas if metas[other]['iter'] > meta['iter']}
+        later = sorted(beyond & metas.keys())
+        return path, skipped + [f'{other}: later than {last.name}, which the run saved last' for other in later]
     advice = 'Name another one with --resume PATH, or move'
     if skipped:
         listed = ''.join(f'\n  {reason}' for reason in skipped)
@@ -415,9 +428,30 @@ def agreed_checkpoint(work_dir: str | Path) -> tuple[Path | None, list[str]]:
     if isinstance(chosen[0], str):
         raise ValueError(chosen[0])
     name, skipped = chosen[0]
-    newest = (work_dir / name).resolve() if name else None
+    newest = _in_its_folder(work_dir / name) if name else None
     check_agreement(newest or work_dir / LAST)
     return newest, skipped
+
+
+def earlier_checkpoint(work_dir: str | Path, out_dir: str | Path | None) -> Path | None:
+    """Returns a checkpoint that a new run might replace, if there is one: the one that rank 0 finds.
+
+    Args:
+        work_dir: The run's.
+        out_dir: ``default_hooks.checkpoint.out_dir``.
+    """
+    found: list = [None]
+    if is_main_process():
+        work_dir = Path(work_dir).resolve()
+        folders = [work_dir]
+        if out_dir and '://' not in str(out_dir):
+            folders.append(Path(out_dir).resolve() / work_dir.name)  # as MMEngine makes it
+        name = r'(best_.+|(iter|epoch)_\d+)\.pth'
+        files = (path for folder in folders if folder.is_dir() for path in sorted(folder.iterdir()))
+        with contextlib.suppress(OSError):
+            found = [next((path for path in files if re.fullmatch(name, path.name)), None)]
+    broadcast_object_list(found)
+    return found[0]
 
 
 def check_agreement(path: str | Path) -> None:
@@ -468,8 +502,18 @@ def _last_saved(work_dir: Path) -> Path | None:
         # MMEngine's own is absolute, or relative to where the run was started; the work dir may be a copy, or moved.
         if not path.parent.is_dir() or (name.is_absolute() and here.is_file()):
             path = here
-        return path.parent.resolve() / path.name if name.name else None
+        return _in_its_folder(path) if name.name else None
     return None
+
+
+def _in_its_folder(path: Path) -> Path:
+    """Returns the real path of where a file lies, be it a link to another place."""
+    return path.parent.resolve() / path.name
+
+
+def _is_later_by_name(path: Path, last: Path) -> bool:
+    numbers = [[int(number) for number in re.findall(r'\d+', file.name)] for file in (path, last)]
+    return re.sub(r'\d+', '', path.name) == re.sub(r'\d+', '', last.name) and numbers[0] > numbers[1]
 
 
 def _candidates(work_dir: Path, last: Path | None) -> list[Path]:

@@ -59,15 +59,20 @@ def set_launcher(cfg: Config) -> None:
 
 
 def end(code: int) -> None:
-    """Ends this process if it is one of several; what waits for the end (``atexit``) has its turn.
+    """Writes out what is printed, and ends this process if it is one of several, after ``atexit``'s turn.
 
     The interpreter's own end is not safe there: gloo's threads abort it now and then, where they are the last to hold a
     tensor (pytorch/pytorch#190489), and with NCCL it may wait for CUDA graphs of collectives (pytorch/pytorch#115388).
     """
-    if torch.distributed.is_initialized():
+    several = torch.distributed.is_initialized()
+    if several:
         atexit._run_exitfuncs()
-        sys.stdout.flush()
-        sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:  # nobody reads it any more, for which the interpreter's code would be 120
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    if several:
         os._exit(code)
 
 

@@ -22,7 +22,9 @@ from test_hooks import Classifier, Stem, make_runner
 from mmseg_resnest.checkpointing import (
     PARTIAL,
     CheckpointHook,
+    _is_later_by_name,
     agreed_checkpoint,
+    earlier_checkpoint,
     goes_on_from,
     newest_checkpoint,
     write_whole,
@@ -168,6 +170,10 @@ def test_what_a_run_has_gone_on_from_is_known(saved, tmp_path):
     go_on_from(first, 2)
     for source in (first, tmp_path / 'first.pth', tmp_path / 'gone.pth'):
         assert goes_on_from(saved / 'iter_2.pth', source)
+    content = torch.load(saved / 'iter_2.pth', weights_only=False)
+    content['meta']['save']['sources'] += [f'{i}' for i in range(500)]  # as often has it been restarted since
+    torch.save(content, saved / 'iter_2.pth')
+    assert goes_on_from(saved / 'iter_2.pth', tmp_path / 'first.pth')
     assert not goes_on_from(saved / 'iter_3.pth', first)
     run(tmp_path / 'stock', 2, StockHook(by_epoch=False, interval=1)).train()
     assert not goes_on_from(tmp_path / 'stock' / 'iter_2.pth', tmp_path / 'stock' / 'iter_1.pth')
@@ -181,7 +187,7 @@ def test_a_work_dir_that_is_a_link_and_checkpoints_elsewhere(tmp_path):
 
 
 def test_the_last_one_of_a_run_that_went_back_is_taken(saved):
-    """Iteration 2 is saved once more; where that is damaged, the highest is the newest, whatever the clocks said."""
+    """Iteration 2 is saved once more; where that is damaged, what the run has gone back from is not taken for it."""
     for iteration in (1, 2, 3):
         content = torch.load(saved / f'iter_{iteration}.pth', weights_only=False)
         content['meta']['time'] = f'2026010{9 - iteration}_000000'  # the clock has gone back
@@ -191,7 +197,60 @@ def test_the_last_one_of_a_run_that_went_back_is_taken(saved):
     told = f'{saved / "iter_3.pth"}: later than iter_2.pth, which the run saved last'
     assert newest_checkpoint(saved) == (saved / 'iter_2.pth', [told])
     (saved / 'iter_2.pth').write_bytes(b'')
-    assert newest_checkpoint(saved)[0].name == 'iter_3.pth'
+    newest, (reason, *others) = newest_checkpoint(saved)
+    assert newest == saved / 'iter_1.pth'
+    assert 'iter_2.pth' in reason
+    assert others == [told]
+    (saved / 'iter_1.pth').write_bytes(b'')
+    assert newest_checkpoint(saved)[0] == saved / 'iter_3.pth'  # better than none
+
+
+def test_later_by_its_name_is_the_number():
+    """As iter_10 is than iter_9, and an epoch's is not than an iteration's."""
+    names = ['iter_9.pth', 'iter_10.pth', 'epoch_11.pth', 'iter_2.pth']
+    assert [name for name in names if _is_later_by_name(Path(name), Path('iter_9.pth'))] == ['iter_10.pth']
+
+
+def test_a_flipped_bit_of_the_saves_name_is_skipped_and_named(saved):
+    path = saved / 'iter_3.pth'
+    content = path.read_bytes()
+    key = b'\x02\x00\x00\x00id'
+    assert content.count(key) == 1
+    path.write_bytes(content.replace(key, b'\x02\x00\x00\x00ie'))
+    newest, (reason,) = newest_checkpoint(saved)
+    assert newest == saved / 'iter_2.pth'
+    assert f'{path}: a damaged checkpoint' in reason
+
+
+def test_one_that_is_a_link_is_of_its_work_dir(saved, tmp_path):
+    """As where it was moved to a larger disk: what the run keeps is known when it goes on from there."""
+    (tmp_path / 'large').mkdir()
+    (saved / 'iter_3.pth').rename(tmp_path / 'large' / 'iter_3.pth')
+    (saved / 'iter_3.pth').symlink_to(tmp_path / 'large' / 'iter_3.pth')
+    newest, _ = agreed_checkpoint(saved)
+    assert newest == saved / 'iter_3.pth'
+    go_on_from(newest, 4)
+    assert files(saved) == ['iter_2.pth', 'iter_3.pth', 'iter_4.pth']
+    assert (saved / 'iter_3.pth').is_symlink()
+
+
+@pytest.mark.parametrize('out_dir', [None, 'elsewhere'])
+@pytest.mark.parametrize('name', ['iter_3.pth', 'epoch_1.pth', 'best_mIoU_iter_3.pth'])
+def test_what_a_new_run_might_replace_is_found(name, out_dir, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = Path(out_dir or '.') / 'w'
+    folder.mkdir(parents=True)
+    (folder / 'pretrained.pth').touch()
+    assert earlier_checkpoint('w', out_dir) is None
+    (folder / name).touch()
+    assert earlier_checkpoint('w', out_dir) == tmp_path / folder / name
+    assert earlier_checkpoint('v', out_dir) is None
+
+
+@pytest.mark.parametrize(('option', 'hint'), [('max_keep_ckpt', 'did you mean max_keep_ckpts'), ('foo', 'drop it')])
+def test_an_option_that_is_none_is_refused_before_the_run(option, hint):
+    with pytest.raises(ValueError, match=rf'default_hooks\.checkpoint: the hook has no option {option}; {hint}'):
+        CheckpointHook(**{option: 1})
 
 
 def test_one_that_was_saved_and_not_yet_named_is_the_newest(saved):

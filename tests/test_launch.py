@@ -130,6 +130,31 @@ def test_a_process_of_several_ends_past_the_interpreters_end(process, code, prin
     assert (done.returncode, done.stdout.decode()) == (code, printed)
 
 
+UNREAD = """
+import sys
+import torch.distributed
+from mmseg_resnest import launch
+
+if sys.argv[1] == 'one of several':
+    torch.distributed.init_process_group('gloo', 'file://' + sys.argv[2], rank=0, world_size=1)
+print('saved')
+launch.end(143)
+sys.exit(143)
+"""
+
+
+@pytest.mark.parametrize('process', ['one of several', 'alone'])
+def test_a_process_whose_output_nobody_reads_any_more_keeps_its_code(process, tmp_path):
+    """As in ``tools/train.py | tee log``, where Ctrl-C ends both; the interpreter's own code for it is 120."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    environment = os.environ | dict(PYTHONUNBUFFERED='')
+    command = [sys.executable, '-c', UNREAD, process, str(tmp_path / 'store')]
+    done = subprocess.run(command, stdout=writer, stderr=writer, env=environment)
+    os.close(writer)
+    assert done.returncode == 143
+
+
 def exported(variables) -> dict[str, str]:
     with environment(variables):
         launch._export_slurm()

@@ -22,6 +22,7 @@ from mmseg.datasets import ADE20KDataset
 from mmseg.registry import MODELS
 from tiny import CAMVID, CLASSES, ENVIRONMENT, OPTIONS, ROOT, Payload, run_tool, write_data_set
 
+from mmseg_resnest.cli import UsageError
 from mmseg_resnest.resnest import SplitAttentionConv2d
 from mmseg_resnest.segmentor import EncoderDecoder
 
@@ -301,6 +302,20 @@ def test_a_new_run_starts_without_a_remark_where_none_has_saved(tmp_path):
     (tmp_path / 'last_checkpoint').write_text('iter_3.pth')  # of files that are gone
     with pytest.raises(ValueError, match=r'the run has saved .*iter_3\.pth.* move last_checkpoint away to start anew'):
         set_start(cfg, args)
+
+
+@pytest.mark.parametrize('name', ['w/best_mIoU_iter_3.pth', 'elsewhere/w/iter_3.pth'])
+def test_a_new_run_does_not_replace_a_best_checkpoint_or_one_elsewhere(name, tmp_path):
+    (tmp_path / name).parent.mkdir(parents=True)
+    (tmp_path / name).touch()
+    set_start = runpy.run_path(str(ROOT / 'tools' / 'train.py'))['set_start']
+    hooks = dict(checkpoint=dict(out_dir=str(tmp_path / 'elsewhere')))
+    cfg = Config(dict(work_dir=str(tmp_path / 'w'), default_hooks=hooks))
+    args = argparse.Namespace(resume=None, fine_tune=None)
+    with pytest.raises(UsageError, match=f'{tmp_path / name}: found an earlier run'):
+        set_start(cfg, args)
+    (tmp_path / name).unlink()
+    assert set_start(cfg, args) == []
 
 
 def test_a_new_run_does_not_replace_the_checkpoints_of_an_earlier_one(trained, tmp_path):

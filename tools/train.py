@@ -9,11 +9,12 @@ The launcher is detected; a GPU is used where there is one.
 """
 
 import argparse
+from pathlib import Path
 
 from mmengine.config import Config
 
 from mmseg_resnest import cli, launch
-from mmseg_resnest.checkpointing import agreed_checkpoint, check_agreement, goes_on_from
+from mmseg_resnest.checkpointing import agreed_checkpoint, check_agreement, earlier_checkpoint, goes_on_from
 from mmseg_resnest.checkpoints import StrictLoading
 from mmseg_resnest.dataset_check import add_skip_option, check_before_run
 from mmseg_resnest.datasets import check_classes
@@ -81,9 +82,9 @@ def set_start(cfg: Config, args: argparse.Namespace) -> list[str]:
         resume = newest or (None if resume is True else resume)
         if not resume:
             remarks.append(f'No checkpoint in {cfg.work_dir} to go on from: a new run')
-    elif not resume and (newest := agreed_checkpoint(cfg.work_dir)[0]):
+    elif not resume and (earlier := agreed_checkpoint(cfg.work_dir)[0] or _earlier_checkpoint(cfg)):
         raise cli.UsageError(
-            f'{newest}: found an earlier run, whose checkpoints a new one would replace; expected a work dir without '
+            f'{earlier}: found an earlier run, whose checkpoints a new one would replace; expected a work dir without '
             'any. Go on with that run by --resume, name another folder with --work-dir, or move its checkpoints away'
         )
     cfg.resume = bool(resume)
@@ -94,6 +95,11 @@ def set_start(cfg: Config, args: argparse.Namespace) -> list[str]:
     elif args.fine_tune:
         cfg.load_from = cli.existing_checkpoint(args.fine_tune)
     return remarks
+
+
+def _earlier_checkpoint(cfg: Config) -> Path | None:
+    hook = (cfg.get('default_hooks') or {}).get('checkpoint') or {}
+    return earlier_checkpoint(cfg.work_dir, hook.get('out_dir'))
 
 
 def keep_alive(cfg: Config) -> None:
