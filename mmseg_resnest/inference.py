@@ -174,7 +174,12 @@ def finish(
 
 
 def are_finite(logits: Tensor) -> Tensor:
-    """Returns (N,), of logits (N, C, H, W): whether none of an image's is infinite or nan; minus infinity rules out."""
+    """Returns (N,), of logits (N, C, H, W): whether none of an image's is nan, infinite, or in float16 minus infinite.
+
+    Else minus infinity rules a class out; float16 also reaches it where an activation overflows.
+    """
+    if logits.dtype == torch.float16:
+        logits = logits.abs()
     return (logits < float('inf')).all(dim=(1, 2, 3))
 
 
@@ -188,7 +193,7 @@ def check_finite(sample: Mapping) -> None:
     """
     if not sample.get('finite', True):
         raise ValueError(
-            f'{sample.get("img_path", "an image without a path")}: the logits are not finite; expected numbers. In '
+            f'{sample.get("img_path") or "an image without a path"}: the logits are not finite; expected numbers. In '
             'float16, in which a GPU predicts unless told otherwise, an activation above 65504 is infinite: take '
             "bfloat16 or float32 (--dtype, Speed(dtype='float32')). If they are not finite in float32 the weights are "
             'damaged, or their training diverged'

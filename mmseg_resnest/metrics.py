@@ -230,5 +230,6 @@ def _bounded(values: Tensor, side: int) -> Tensor:
 
 
 def _comparable(values: Tensor) -> Tensor:
-    """Returns uint16 and larger as int64: torch compares no others without a sign than uint8."""
-    return values if values.dtype.is_signed or values.dtype == torch.uint8 else values.long()
+    """Returns uint16 and larger as int64, which torch does not compare, and int8, where 257 would wrap around to 1."""
+    fits = values.dtype == torch.uint8 or (values.dtype.is_signed and values.dtype != torch.int8)
+    return values if fits else values.long()

@@ -10,13 +10,14 @@ import torch
 from mmengine.config import Config
 from mmengine.dataset import Compose
 from mmengine.registry import init_default_scope
+from mmseg.models import EncoderDecoder
 from mmseg.registry import DATASETS, MODELS, TRANSFORMS
 from numpy import ndarray
 from torch import Tensor
 
 from mmseg_resnest.checkpoints import check_options, load_strictly, model_weights, read_checkpoint
 from mmseg_resnest.datasets import datasets_of
-from mmseg_resnest.inference import check_finite
+from mmseg_resnest.inference import are_finite, check_finite
 from mmseg_resnest.network import Speed, default_speed, speed_up
 from mmseg_resnest.picture_files import Task, loss_when_loaded, read_picture
 
@@ -47,6 +48,9 @@ class Predictor:
     Attributes:
         classes: Their names.
         palette: (classes, 3) uint8, RGB.
+
+    Raises:
+        ValueError: ``batch_size`` is less than 1, or the checkpoint does not fit; the message says what does not.
     """
 
     def __init__(
@@ -59,9 +63,12 @@ class Predictor:
     ) -> None:
         cfg = config.copy() if isinstance(config, Config) else Config.fromfile(config)
         init_default_scope(cfg.get('default_scope', 'mmseg'))
-        if cfg.model.type in ('EncoderDecoder', 'mmseg.EncoderDecoder'):
+        kind = cfg.model.type
+        if (kind if isinstance(kind, type) else MODELS.get(kind)) is EncoderDecoder:
             cfg.model.type = 'mmseg_resnest.EncoderDecoder'
         self.device = torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
+        if batch_size < 1:
+            raise ValueError(f'batch_size={batch_size}; expected 1 or more')
         self.batch_size = batch_size
         self.model = MODELS.build(cfg.model)
         content = read_checkpoint(checkpoint)
@@ -146,6 +153,8 @@ class Predictor:
                 batch = {key: [prepared[i][key] for i in part] for key in ('inputs', 'data_samples')}
                 for i, sample in zip(part, self.model.test_step(batch), strict=True):
                     labels[i] = sample.pred_sem_seg.data[0].cpu().numpy()
+                    if 'finite' not in sample:  # of a head or a model that predicts by itself
+                        sample.finite = are_finite(sample.seg_logits.data[None])
                     check_finite(sample)
         return [labels[i] for i in range(len(prepared))]
 

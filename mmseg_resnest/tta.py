@@ -11,7 +11,7 @@ from mmseg.structures import SegDataSample
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mmseg_resnest.inference import WINDOWS
+from mmseg_resnest.inference import WINDOWS, are_finite
 from mmseg_resnest.ops import Placement, place, upsample_argmax, upsample_softmax
 from mmseg_resnest.registry import MODELS
 from mmseg_resnest.segmentor import EncoderDecoder, predicts_from_logits
@@ -61,14 +61,19 @@ class TTAModel(BaseTTAModel):
         if _adds_from_logits(self.module):
             data = self.module.data_preprocessor.cast_data(data)  # all at once: to move them waits for the GPU
         totals: list[Tensor] = []
+        finite: list[Tensor] = []  # of each image of each augmentation
         count = len(data['inputs'][0])
         for _, group in groupby(range(len(data['inputs'])), lambda i: [x.shape for x in data['inputs'][i]]):
             group = list(group)
             batch = {key: [item for i in group for item in data[key][i]] for key in ('inputs', 'data_samples')}
             samples = self._add_scores(batch, totals, count)
+            finite.extend(sample.get('finite', totals[0].new_ones((), dtype=torch.bool)) for sample in samples)
         means = [total.div_(len(data['inputs'])) for total in totals]
         firsts, lasts = data['data_samples'][0], samples[-count:]
-        return [self._merged(samples, mean) for *samples, mean in zip(firsts, lasts, means, strict=True)]
+        merged = [self._merged(samples, mean) for *samples, mean in zip(firsts, lasts, means, strict=True)]
+        for i, sample in enumerate(merged):
+            sample.finite &= torch.stack(finite[i::count]).all()
+        return merged
 
     def _add_scores(self, batch: dict, totals: list[Tensor], count: int) -> list[SegDataSample]:
         """Adds to each image's total the scores of its augmentations in a batch; at first there are no totals.
@@ -94,6 +99,8 @@ class TTAModel(BaseTTAModel):
         if not totals:
             sizes = [(logits.shape[1], *placement.size) for placement in placements[:count]]
             totals.extend(logits.new_zeros(size, dtype=torch.float32) for size in sizes)
+        for sample, is_finite in zip(batch['data_samples'], are_finite(logits), strict=True):
+            sample.finite = is_finite
         impl = module.test_cfg.get('upsample_argmax')
         for i, placement in enumerate(placements):
             upsample_softmax(logits[i : i + 1], placement, totals[i % count][None], impl=impl)
@@ -259,6 +266,7 @@ class AuthorsTTAModel(BaseModel):
         """Returns the logits of images, at their size; our segmentor runs as ``network.speed_up`` has made it."""
         if isinstance(self.module, EncoderDecoder) and predicts_from_logits(self.module):
             logits = self.module.low_resolution_logits(images)
+            logits = logits.masked_fill(~are_finite(logits)[:, None, None, None], torch.nan)
             dtype = torch.promote_types(logits.dtype, torch.float32)
             return place(logits.to(dtype), Placement(tuple(images.shape[2:]), align_corners=self.module.align_corners))
         # mmseg takes a torch.Size for the size to which logits are resized.

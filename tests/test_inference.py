@@ -138,11 +138,17 @@ def test_a_test_cfg_that_cannot_be_meant_is_refused(test_cfg, message):
 
 
 @pytest.mark.parametrize(
-    ('value', 'finite'), [(0, True), (float('nan'), False), (float('inf'), False), (-float('inf'), True)]
+    ('value', 'dtype', 'finite'),
+    [
+        *((0, dtype, True) for dtype in (torch.float32, torch.float16)),
+        *((value, dtype, False) for value in (float('nan'), float('inf')) for dtype in (torch.float32, torch.float16)),
+        (-float('inf'), torch.float32, True),
+        (-float('inf'), torch.float16, False),
+    ],
 )
-def test_logits_that_are_not_finite_are_told(value, finite):
-    """Those of the second image; minus infinity only rules a class out."""
-    logits = torch.randn(3, CLASSES, 4, 6)
+def test_logits_that_are_not_finite_are_told(value, dtype, finite):
+    """Those of the second image; minus infinity only rules a class out, where it is not of an overflow."""
+    logits = torch.randn(3, CLASSES, 4, 6).to(dtype)
     logits[1, 2, 3, 4] = value
     samples = make_batch(count=3)['data_samples']
     finish(logits, samples, [Placement((32, 48))] * 3, None, None)

@@ -44,6 +44,18 @@ def test_figures_of_each_class():
     assert {type(value) for figures in metric.per_class.values() for value in figures.values()} == {float}
 
 
+@pytest.mark.parametrize('labels', [torch.int8, torch.int64])
+@pytest.mark.parametrize('predictions', [torch.int8, torch.uint8, torch.bool])
+def test_narrow_numbers_are_counted_as_wide_ones(labels, predictions):
+    label, prediction = torch.tensor([[[0, 1, 0, 1, -1]]]), torch.tensor([[[0, 1, 1, 0, 1]]])
+    metric = IoUMetric(ignore_index=-1)
+    metric.dataset_meta = dict(classes=CLASSES[:2])
+    sample = dict(gt_sem_seg=dict(data=label.to(labels)), pred_sem_seg=dict(data=prediction.to(predictions)))
+    metric.process({}, [sample])
+    assert metric.evaluate(1)['aAcc'] == 50
+    assert metric.confusion.tolist() == [[1, 1], [1, 1]]
+
+
 def test_other_figures():
     metric, _ = evaluated(IoUMetric, iou_metrics=['mDice', 'mFscore'])
     both, labelled, predicted = AREAS['car']

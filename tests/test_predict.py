@@ -192,7 +192,7 @@ def test_a_video_that_cannot_be_written_to_a_full_disk(folder, tmp_path):
 @pytest.mark.parametrize(('name', 'codec'), [('a.avi', 'MJPG'), ('a.mp4', 'mp4v'), ('a.mkv', 'mp4v')])
 def test_frames_of_a_video_are_counted_as_they_are_read(name, codec, tmp_path):
     path = write_video(tmp_path / name, codec)
-    frames_in = runpy.run_path(ROOT / 'tools' / 'predict.py')['frames_in']
+    frames_in = runpy.run_path(str(ROOT / 'tools' / 'predict.py'))['frames_in']
     assert frames_in(path) == len(read_video(path)) == 11
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     assert frames_in(path) == len(read_video(path)) < 11
@@ -282,7 +282,17 @@ BAD = {
     ),
     'video that is none': (['none.mp4', 'out.mp4'], 1, 'skipped: none.mp4: no frame can be decoded; expected a video'),
     'no such video': (['nowhere.mp4', 'out.mp4'], 2, 'nowhere.mp4: there is no such video'),
-    'video of no kind': (['video.avi', 'out/out.txt'], 2, 'out.txt: cannot be written as a video'),
+    'video of no kind': (
+        ['video.avi', 'out/out.txt'],
+        2,
+        'out.txt: no name of a video; expected a name with one of .mp4',
+    ),
+    'video of no name': (
+        ['video.avi', 'out\udce9.mp4'],
+        2,
+        "out\\udce9.mp4': a name that is no UTF-8, at which OpenCV",
+    ),
+    'picture of no folder': (['in/0.png', 'labels.png'], 2, 'labels.png: the name of a picture; expected a folder'),
 }
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import shutil
+from functools import partial
 
 import cv2
 import numpy as np
@@ -10,12 +11,14 @@ import torch
 from mmengine.config import Config
 from mmengine.registry import DefaultScope
 from mmseg.apis import MMSegInferencer, inference_model, init_model
+from mmseg.models import EncoderDecoder as MMSegEncoderDecoder
 from mmseg.registry import MODELS
 from PIL import Image
 from tiny import CAMVID
 
 from mmseg_resnest.network import Speed
 from mmseg_resnest.predictor import Predictor, check_image
+from mmseg_resnest.segmentor import EncoderDecoder
 
 SIZES = [(48, 64), (40, 90), (48, 64), (70, 52), (48, 64)]
 AS_IT_IS = Speed(fold=False, graphs=False)
@@ -252,6 +255,34 @@ def test_logits_that_are_not_finite_are_refused(files, paths):
     predictor.model.decode_head.conv_seg.bias.data[3] = torch.nan
     with pytest.raises(ValueError, match=f'^{paths[0]}: the logits are not finite'):
         predictor(paths[0])
+
+
+def test_logits_of_a_head_that_predicts_by_itself_are_looked_at_too(files, paths):
+    predictor = Predictor(tiny_config(), files / 'model.pth', 'cpu', AS_IT_IS)
+    predictor.model.predict = partial(MMSegEncoderDecoder.predict, predictor.model)
+    assert predictor(paths[0]).shape
+    predictor.model.decode_head.conv_seg.bias.data[3] = torch.nan
+    with pytest.raises(ValueError, match=f'^{paths[0]}: the logits are not finite'):
+        predictor(paths[0])
+
+
+def test_arrays_whose_logits_are_not_finite_have_no_name(files):
+    predictor = Predictor(tiny_config(), files / 'model.pth', 'cpu', AS_IT_IS)
+    predictor.model.decode_head.conv_seg.bias.data[3] = torch.nan
+    with pytest.raises(ValueError, match=r'^an image without a path: the logits are not finite'):
+        predictor(np.zeros((32, 48, 3), np.uint8))
+
+
+@pytest.mark.parametrize('kind', ['EncoderDecoder', 'mmseg.EncoderDecoder', MMSegEncoderDecoder])
+def test_mmsegmentations_segmentor_becomes_ours(kind, files):
+    cfg = tiny_config()
+    cfg.model.type = kind
+    assert type(Predictor(cfg, files / 'model.pth', 'cpu').model) is EncoderDecoder
+
+
+def test_no_batch_is_of_no_images(files):
+    with pytest.raises(ValueError, match='batch_size=0; expected 1 or more'):
+        Predictor(tiny_config(), files / 'model.pth', 'cpu', batch_size=0)
 
 
 def test_palettes_whose_every_colour_is_opaque_are_fine(tmp_path):

@@ -479,6 +479,12 @@ BAD_INPUT = {
         'w/none.pth: there is no such checkpoint; its folder has w/iter_2.pth',
     ),
     'folder for the figures': (2, 'test', [CAMVID, 'w/iter_2.pth', '--json', 'w', *COMMON], '--json w: a folder;'),
+    'figures in a file': (
+        2,
+        'test',
+        [CAMVID, 'w/iter_2.pth', '--json', 'w/iter_2.pth/r.json', *COMMON],
+        'no file can be',
+    ),
     'other classes': (
         1,
         'train',

@@ -390,7 +390,8 @@ def test_openmmlabs_asks_for_a_test_step_alone(segmentor):
     assert torch.equal(wrapped.seg_logits.data, plain.seg_logits.data)
 
 
-def test_openmmlabs_tells_of_logits_that_are_not_finite(segmentor):
+@pytest.mark.parametrize(('value', 'dtype'), [(torch.nan, torch.float32), (-torch.inf, torch.float16)])
+def test_openmmlabs_tells_of_logits_that_are_not_finite(value, dtype):
     """Those of one augmentation of one image."""
     module = MODELS.build(segmentor_config() | dict(type='mmseg_resnest.EncoderDecoder')).eval()
     placed_logits = module.placed_logits
@@ -398,8 +399,8 @@ def test_openmmlabs_tells_of_logits_that_are_not_finite(segmentor):
     def damaged(inputs, samples):
         logits, placements = placed_logits(inputs, samples)
         if inputs.shape[2] == 45:
-            logits[1, 2, 0, 0] = torch.nan
-        return logits, placements
+            logits[1, 2, 0, 0] = value
+        return logits.to(dtype), placements
 
     module.placed_logits = damaged
     samples = TTAModel(module).test_step(augmented([(24, 32), (45, 60)], count=3))

@@ -41,7 +41,7 @@ def make_parser() -> argparse.ArgumentParser:
     """Returns the tool's options."""
     parser = cli.make_parser(__doc__)
     parser.add_argument('checkpoint', help='checkpoint file of tools/train.py')
-    parser.add_argument('input', help='an image, a folder, a glob in quotes, or a video')
+    parser.add_argument('input', help='an image, a folder, a glob of images in quotes, or a video')
     parser.add_argument('output', type=Path, help='a folder for label maps, or the video to write')
     cli.add_allow_pickle(parser)
     parser.add_argument('--overlays', type=Path, metavar='DIR', help="write images under their classes' colours there")
@@ -103,11 +103,13 @@ def outputs_of(images: Sequence[Path], source: str, folder: Path) -> list[Path]:
     """Returns where each label map, or overlay, goes: under ``folder`` as the image lies under the input.
 
     Raises:
-        UsageError: Two images would have one, it would replace an image or what lies beside its image, or the next run
-            would take it for an image.
+        UsageError: ``folder`` is none, two images would have one, it would replace an image or what lies beside its
+            image, or the next run would take it for an image.
     """
     if folder.is_file():
         raise cli.UsageError(f'{folder}: a file; expected a folder')
+    if folder.suffix.lower() in PICTURES and not folder.exists():
+        raise cli.UsageError(f'{folder}: the name of a picture; expected a folder, for a label map an image')
     if Path(source).is_dir() and folder.resolve().is_relative_to(Path(source).resolve()):
         raise cli.UsageError(
             f'{folder} lies in {source}, where the next run would take what is written for images; expected a folder '
@@ -234,7 +236,12 @@ def _good(items: Iterable[tuple[Path, Future]], bad: list[str]) -> Iterator[tupl
 
 def check_video(args: argparse.Namespace) -> None:
     """Raises a UsageError if the command line of a video cannot be carried out."""
-    cli.existing_file(args.input, 'video', 'give the path of one')
+    cli.existing_file(args.input, 'video', 'give the path of one, not a glob')
+    for path in (args.input, str(args.output)):
+        if path != path.encode(errors='replace').decode():
+            raise cli.UsageError(f'{path!r}: a name that is no UTF-8, at which OpenCV crashes; expected another name')
+    if args.output.suffix.lower() not in VIDEOS:
+        raise cli.UsageError(f'{args.output}: no name of a video; expected a name with one of {", ".join(VIDEOS)}')
     if args.output.resolve() == Path(args.input).resolve():
         raise cli.UsageError(f'{args.output} is the input, and would be replaced; expected another file')
     if args.overlays or args.labels != 'ids':
