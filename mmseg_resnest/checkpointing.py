@@ -26,6 +26,7 @@ from mmseg_resnest.work_dir import claim, release
 PARTIAL = '.partial'  # what the name of a file ends with until it is whole
 LAST = 'last_checkpoint'  # the file of a work dir that names the newest one
 BACKEND = 'mmseg_resnest.whole_files'
+NAME = r'(iter|epoch)_\d+\.pth'
 
 
 def write_whole(path: str | Path, content: bytes | memoryview) -> None:
@@ -217,9 +218,7 @@ class CheckpointHook(_CheckpointHook):
         self._write(runner, name, meta)
 
     def _goes_on_from_elsewhere(self, runner: Runner) -> bool:
-        own = work_dir = Path(runner.work_dir).resolve()
-        if self.out_dir not in (None, runner.work_dir):  # as MMEngine makes it
-            own = Path(self.out_dir).resolve() / work_dir.name
+        own = _folder_of(runner.work_dir, self.out_dir)
         return bool(runner._load_from) and Path(runner._load_from).parent.resolve() != own
 
     def _by_iteration(self, runner: Runner) -> bool:
@@ -393,9 +392,11 @@ def newest_checkpoint(work_dir: str | Path) -> tuple[Path | None, list[str]]:
             skipped.append(str(error))
             continue
         if path in named:
-            last, beyond = path, {other for other in metas if metas[other]['iter'] > meta['iter']}
-        later = sorted(beyond & metas.keys())
-        return path, skipped + [f'{other}: later than {last.name}, which the run saved last' for other in later]
+            later = [other for other in metas if metas[other]['iter'] > meta['iter']]
+        else:
+            later = [other for other in metas if other in beyond]
+        saved = path if path in named else last
+        return path, skipped + [f'{other}: later than {saved.name}, which the run saved last' for other in later]
     advice = 'Name another one with --resume PATH, or move'
     if skipped:
         listed = ''.join(f'\n  {reason}' for reason in skipped)
@@ -442,14 +443,10 @@ def earlier_checkpoint(work_dir: str | Path, out_dir: str | Path | None) -> Path
     """
     found: list = [None]
     if is_main_process():
-        work_dir = Path(work_dir).resolve()
-        folders = [work_dir]
-        if out_dir and '://' not in str(out_dir):
-            folders.append(Path(out_dir).resolve() / work_dir.name)  # as MMEngine makes it
-        name = r'(best_.+|(iter|epoch)_\d+)\.pth'
+        folders = Path(work_dir).resolve(), _folder_of(work_dir, out_dir)
         files = (path for folder in folders if folder.is_dir() for path in sorted(folder.iterdir()))
         with contextlib.suppress(OSError):
-            found = [next((path for path in files if re.fullmatch(name, path.name)), None)]
+            found = [next((path for path in files if re.fullmatch(rf'{NAME}|best_.+\.pth', path.name)), None)]
     broadcast_object_list(found)
     return found[0]
 
@@ -506,6 +503,12 @@ def _last_saved(work_dir: Path) -> Path | None:
     return None
 
 
+def _folder_of(work_dir: str | Path, out_dir: str | Path | None) -> Path:
+    """Returns where a run's checkpoints are, as MMEngine has it."""
+    own = Path(work_dir).resolve()
+    return own if out_dir in (None, work_dir) else Path(out_dir).resolve() / own.name
+
+
 def _in_its_folder(path: Path) -> Path:
     """Returns the real path of where a file lies, be it a link to another place."""
     return path.parent.resolve() / path.name
@@ -518,7 +521,7 @@ def _is_later_by_name(path: Path, last: Path) -> bool:
 
 def _candidates(work_dir: Path, last: Path | None) -> list[Path]:
     folders = {work_dir.resolve(), *([last.parent] if last else [])}
-    name = r'(iter|epoch)_\d+\.pth'
+    name = NAME
     if last:
         name += '|' + re.sub(r'\d+', r'\\d+', re.escape(last.name))
     files = [path for folder in folders if folder.is_dir() for path in folder.iterdir()]

@@ -197,6 +197,21 @@ def build_runner(cfg: Config) -> Runner:
     return runner
 
 
+def make_folder(folder: Path) -> None:
+    """Makes a folder for output, or raises a UsageError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f'{folder}: the folder cannot be written ({error.strerror}); expected another') from error
+
+
+def make_room(path: Path) -> None:
+    """Makes the folder of ``--json`` before there are figures for it, or raises a UsageError."""
+    if path.is_dir():
+        raise UsageError(f'--json {path}: a folder; name a file in it')
+    make_folder(path.parent)
+
+
 def existing_file(path: str | Path, what: str, origin: str) -> str:
     """Returns ``path`` if it is a file.
 

@@ -483,7 +483,7 @@ BAD_INPUT = {
         2,
         'test',
         [CAMVID, 'w/iter_2.pth', '--json', 'w/iter_2.pth/r.json', *COMMON],
-        'no file can be',
+        'w/iter_2.pth: the folder cannot be written (File exists); expected another',
     ),
     'other classes': (
         1,

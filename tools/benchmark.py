@@ -103,10 +103,8 @@ def check(args: argparse.Namespace) -> None:
             import_smp()
         except ImportError as error:
             raise cli.UsageError(f'{error}, or give --against mmseg') from error
-    if args.json and args.json.is_dir():
-        raise cli.UsageError(f'--json {args.json}: a folder; name a file in it')
     if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
+        cli.make_room(args.json)
 
 
 def check_learning(path: Path, cfg: Config, args: argparse.Namespace) -> None:

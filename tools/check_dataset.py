@@ -38,14 +38,13 @@ def make_parser() -> argparse.ArgumentParser:
 def check_dataset(args: argparse.Namespace) -> None:
     """Checks, prints and writes; exits with 1 if there are errors."""
     cfg = cli.load_config(args, f'{args.splits[0]}_dataloader')
-    if args.json and args.json.is_dir():
-        raise cli.UsageError(f'--json {args.json}: a folder; name a file in it')
+    if args.json:
+        cli.make_room(args.json)
     loaders = [loader for split in args.splits if cfg.get(loader := f'{split}_dataloader')]
     for loader in loaders:
         check_folders(loader, cfg[loader].dataset)
     report = check(cfg, loaders, whole=True)
     if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(as_json(report, args.config), indent=1) + '\n')
     show(report)
     sys.exit(1 if report.of('error') else 0)

@@ -68,14 +68,6 @@ def device_of(name: str | None) -> torch.device:
     return torch.device(name)
 
 
-def make_folder(folder: Path) -> None:
-    """Makes a folder for output, or raises a UsageError."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise cli.UsageError(f'{folder}: the folder cannot be written ({error.strerror}); expected another') from error
-
-
 def images_of(source: str) -> list[Path]:
     """Returns the images that a path, a folder or a glob names, sorted.
 
@@ -326,7 +318,7 @@ def predict(args: argparse.Namespace) -> None:
         label_maps, overlays = plan(args)
     device = device_of(args.device)
     for folder in (args.output.parent,) if is_video else filter(None, (args.output, args.overlays)):
-        make_folder(folder)
+        cli.make_folder(folder)
     speed = Speed(dtype=args.dtype or default_speed(device).dtype, compile=args.compile)
     predictor = Predictor(cfg, args.checkpoint, device, speed, args.batch_size)
     bad = predict_video(predictor, args) if is_video else predict_images(predictor, label_maps, overlays, args.labels)

@@ -138,23 +138,13 @@ def _name(part: ConfigDict) -> str:
     return part.type.rpartition('.')[2] if isinstance(part.type, str) else part.type.__name__
 
 
-def make_room(path: Path) -> None:
-    """Makes the folder of the figures before they are computed, or raises a UsageError."""
-    if path.is_dir():
-        raise cli.UsageError(f'--json {path}: a folder; name a file in it')
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise cli.UsageError(f'--json {path}: no file can be there ({error.strerror}); name another') from error
-
-
 def test(args: argparse.Namespace) -> None:
     """Builds the runner that the command line asks for, loads the checkpoint strictly and tests."""
     cfg = cli.load_config(args, 'test_dataloader')
     cli.existing_checkpoint(args.checkpoint)
     check_speed(args)
     if args.json:
-        make_room(args.json)
+        cli.make_room(args.json)
     check_classes('test_dataloader', cfg)
     if not args.skip_data_check:
         check_before_run(cfg, ['test_dataloader'])
