@@ -41,6 +41,7 @@ from mmseg_resnest.conv import DilatedConv2d
 from mmseg_resnest.datasets import check_classes
 from mmseg_resnest.heads import AuthorsDeepLabV3Head, AuthorsFCNHead
 from mmseg_resnest.hooks import BatchNormCheckHook, ProgressBarHook
+from mmseg_resnest.log_processor import LogProcessor
 from mmseg_resnest.metrics import IoUMetric
 from mmseg_resnest.optim import AutocastOptimWrapper
 from mmseg_resnest.prepare import PASCAL_CONTEXT_IDS
@@ -110,6 +111,7 @@ KINDS = {
     'LOOPS': 'train_cfg val_cfg test_cfg',
     'VISUALIZERS': 'visualizer',
     'VISBACKENDS': 'vis_backends',
+    'LOG_PROCESSORS': 'log_processor',
 }
 KIND_OF = {key: kind for kind, keys in KINDS.items() for key in keys.split()}
 
@@ -188,6 +190,7 @@ def main_classes(leaf: str) -> dict[str, type]:
         'default_hooks.checkpoint': CheckpointHook,
         'custom_hooks.0': BatchNormCheckHook,
         'custom_hooks.1': ProgressBarHook,
+        'log_processor': LogProcessor,
     }
 
 

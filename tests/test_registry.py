@@ -27,6 +27,7 @@ from mmseg_resnest import (
     conv,
     heads,
     hooks,
+    log_processor,
     metrics,
     norm,
     optim,
@@ -64,6 +65,7 @@ OURS = {
         watch.WatchHook,
     ],
     'METRICS': [metrics.IoUMetric],
+    'LOG_PROCESSORS': [log_processor.LogProcessor],
     'DATA_SAMPLERS': [sampler.EqualSizeBatchSampler],
     'TRANSFORMS': [
         transforms.ImageTestTimeAug,

@@ -31,7 +31,7 @@ env_cfg = dict(
 # Batch norm is synchronised when several processes train, and plain in one.
 sync_bn = 'mmseg_resnest.SyncBN'
 visualizer = dict(type='SegLocalVisualizer', vis_backends=[dict(type='LocalVisBackend')], name='visualizer')
-log_processor = dict(by_epoch=False)
+log_processor = dict(type='mmseg_resnest.LogProcessor', by_epoch=False)
 log_level = 'INFO'
 load_from = None
 resume = False

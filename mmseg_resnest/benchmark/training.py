@@ -284,10 +284,11 @@ def mmseg_pipeline(pipeline: list[dict]) -> list[dict]:
 
 
 def drop_hooks(cfg: Config) -> None:
-    """Takes this project's hooks out of a config, where MMEngine's take over."""
+    """Takes this project's hooks and its log's format out of a config, where MMEngine's take over."""
     for name in [name for name, hook in cfg.default_hooks.items() if hook.type.startswith('mmseg_resnest.')]:
         cfg.default_hooks.pop(name)
     cfg.custom_hooks = []
+    cfg.log_processor.pop('type', None)
 
 
 def import_smp() -> ModuleType:

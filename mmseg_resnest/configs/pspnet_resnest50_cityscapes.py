@@ -54,7 +54,7 @@ env_cfg = dict(
     mp_cfg=dict(mp_start_method='fork', opencv_num_threads=0))
 load_from = None
 log_level = 'INFO'
-log_processor = dict(by_epoch=False)
+log_processor = dict(by_epoch=False, type='mmseg_resnest.LogProcessor')
 model = dict(
     auxiliary_head=dict(
         align_corners=False,

@@ -1,0 +1,36 @@
+"""The memory that the log tells is what the run needs."""
+
+import itertools
+import json
+
+import pytest
+import torch
+from mmengine.runner import log_processor
+from test_hooks import config_runner, no_stale_log  # noqa: F401  (a fixture)
+from tiny import write_data_set
+
+
+def memory_of(work_dir):
+    """The memory at each iteration."""
+    (file,) = work_dir.rglob('scalars.json')
+    entries = map(json.loads, file.read_text().splitlines())
+    return [entry['memory'] for entry in entries if 'loss' in entry]
+
+
+def test_the_largest_so_far(tmp_path, monkeypatch):
+    peaks = itertools.chain([50, 8, 8, 70], itertools.repeat(8))  # of a GPU, since the last line
+    monkeypatch.setattr(log_processor, 'is_cuda_available', lambda: True)
+    monkeypatch.setattr(log_processor, 'get_max_cuda_memory', lambda device: next(peaks))
+    config_runner(tmp_path, write_data_set(tmp_path / 'data')).train()
+    assert memory_of(tmp_path) == [50, 50, 50, 70]
+
+
+@pytest.mark.gpu
+def test_what_graphs_hold_is_counted(tmp_path):
+    graphed, plain = (tmp_path / name for name in ('graphed', 'plain'))
+    data = write_data_set(tmp_path / 'data')
+    for work_dir in (plain, graphed):
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        config_runner(work_dir, data, f'model.cuda_graphs={work_dir == graphed}', 'model.compiled=False').train()
+    assert min(memory_of(graphed)) >= min(memory_of(plain))
