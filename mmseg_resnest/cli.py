@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import difflib
 import errno
+import faulthandler
 import inspect
 import re
 import sys
@@ -69,9 +70,12 @@ def add_allow_pickle(parser: argparse.ArgumentParser) -> None:
 def run(command: Callable[[argparse.Namespace], None], parser: argparse.ArgumentParser) -> None:
     """Runs a command and turns an exception into one message: exit code 2 for usage errors, 1 for the rest.
 
-    Whatever loads checkpoints during the command does so safely and strictly, MMEngine's own loaders too.
+    Whatever loads checkpoints during the command does so safely and strictly, MMEngine's own loaders too. A crash of
+    compiled code, which ends a process without a word, prints the Python stack.
     """
     args = parser.parse_args()
+    if sys.__stderr__ and not faulthandler.is_enabled():  # pytest has its own
+        faulthandler.enable(sys.__stderr__)
     _import_quietly()
     try:
         _carry_out(command, args, parser.prog)

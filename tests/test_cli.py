@@ -3,6 +3,9 @@
 import argparse
 import contextlib
 import errno
+import os
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -10,7 +13,7 @@ import pytest
 import torch
 from mmengine.config import Config
 from mmengine.runner import CheckpointLoader
-from tiny import Payload
+from tiny import ENVIRONMENT, Payload
 
 from mmseg_resnest import cli
 
@@ -268,3 +271,19 @@ def test_a_wish_to_stop_is_no_error(error, monkeypatch):
     monkeypatch.setattr(sys, 'argv', ['tools/tool.py', 'c.py'])
     with pytest.raises(type(error)):
         cli.run(failing(error), cli.make_parser('A tool.'))
+
+
+def test_a_crash_of_compiled_code_shows_the_stack():
+    program = """
+import ctypes
+import sys
+
+from mmseg_resnest import cli
+
+sys.argv = ['tool.py', 'c.py']
+cli.run(lambda args: ctypes.string_at(0), cli.make_parser('A tool.'))
+"""
+    done = subprocess.run([sys.executable, '-c', program], env=os.environ | ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == -signal.SIGSEGV
+    assert 'Segmentation fault' in done.stderr
+    assert 'in _carry_out' in done.stderr

@@ -18,12 +18,15 @@ def run_alone(module: str, spec: Any) -> dict:
         spec: A dataclass of plain values, with the attribute ``side``.
 
     Raises:
-        RuntimeError: It failed; the message is the end of its output.
+        RuntimeError: It failed; the message has its exit code and the ends of what it printed.
     """
-    done = subprocess.run([sys.executable, '-m', module, repr(asdict(spec))], capture_output=True, text=True)
+    # A crash of compiled code, which says nothing by itself, prints the Python stack.
+    command = [sys.executable, '-X', 'faulthandler', '-m', module, repr(asdict(spec))]
+    done = subprocess.run(command, capture_output=True, text=True)
     results = [text for text in done.stdout.splitlines() if text.startswith(_RESULT)]
     if done.returncode or not results:
-        raise RuntimeError(f'{spec.side}: {(done.stderr or done.stdout).strip()[-1500:]}')
+        printed = '\n'.join(text.strip()[-1500:] for text in (done.stdout, done.stderr))
+        raise RuntimeError(f'{spec.side}: ended with {done.returncode}, {len(results)} results: {printed}')
     return json.loads(results[-1].removeprefix(_RESULT))
 
 
@@ -34,4 +37,4 @@ def fields() -> dict[str, Any]:
 
 def hand_over(result: dict) -> None:
     """Gives the result to the process that waits for it."""
-    print(_RESULT + json.dumps(result))
+    print('\n' + _RESULT + json.dumps(result))  # a line of its own, whatever a library has left unfinished
