@@ -27,10 +27,7 @@ def test_the_largest_so_far(tmp_path, monkeypatch):
 
 @pytest.mark.gpu
 def test_what_graphs_hold_is_counted(tmp_path):
-    graphed, plain = (tmp_path / name for name in ('graphed', 'plain'))
-    data = write_data_set(tmp_path / 'data')
-    for work_dir in (plain, graphed):
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-        config_runner(work_dir, data, f'model.cuda_graphs={work_dir == graphed}', 'model.compiled=False').train()
-    assert min(memory_of(graphed)) >= min(memory_of(plain))
+    torch.cuda.reset_peak_memory_stats()
+    config_runner(tmp_path, write_data_set(tmp_path / 'data'), 'model.compiled=False').train()
+    memory = memory_of(tmp_path)  # the first line has what was allocated for the capture
+    assert memory == sorted(memory)
