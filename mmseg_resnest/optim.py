@@ -62,9 +62,12 @@ class AutocastOptimWrapper(OptimWrapper):
     """
 
     def __init__(self, dtype: str = 'bfloat16', autocast_cpu: bool = False, **kwargs) -> None:
-        super().__init__(**kwargs)
         if dtype not in DTYPES:
             raise ValueError(f'AutocastOptimWrapper: dtype={dtype!r}; expected one of {", ".join(DTYPES)}')
+        counts = kwargs.get('accumulative_counts', 1)
+        if type(counts) is not int or counts < 1:
+            raise ValueError(f'AutocastOptimWrapper: accumulative_counts={counts!r}; expected an integer of at least 1')
+        super().__init__(**kwargs)
         # A Runner makes ConfigDicts of them, which are 40 times as slow to read.
         self.optimizer.param_groups[:] = map(dict, self.optimizer.param_groups)
         self.device_type = self.optimizer.param_groups[0]['params'][0].device.type

@@ -321,6 +321,9 @@ class ResNeSt(BaseModule):
         _check_choice('graph', graph, GRAPHS)
         _check_choice('radix_conv', radix_conv, (None, *EXECUTIONS))
         _check_choice('frozen_stages', frozen_stages, range(-1, 5))
+        for name, value in dict(with_cp=with_cp, norm_eval=norm_eval, avd_first=avd_first).items():
+            if type(value) is not bool:  # 'off' from a command line would switch it on
+                raise ValueError(f'ResNeSt: {name}={value!r}; expected True or False')
         for index in out_indices if isinstance(out_indices, Sequence) and out_indices else [out_indices]:
             _check_choice('out_indices', index, range(4))
         for name, value in dict(radix=radix, groups=groups, base_width=base_width).items():

@@ -6,7 +6,7 @@ from functools import lru_cache
 import torch
 from mmengine.logging import print_log
 from mmseg.models.decode_heads.decode_head import BaseDecodeHead
-from mmseg.models.losses import CrossEntropyLoss
+from mmseg.models.losses import CrossEntropyLoss, cross_entropy
 from mmseg.models.segmentors import EncoderDecoder as _EncoderDecoder
 from mmseg.structures import SegDataSample
 from mmseg.utils import OptSampleList, SampleList, add_prefix
@@ -43,6 +43,9 @@ class EncoderDecoder(_EncoderDecoder):
         cuda_graphs: Whether to capture the network's forward and backward pass, at the first batch. Their memory is
             kept. Heads whose losses are not fused run outside of them.
         **kwargs: mmsegmentation's EncoderDecoder's.
+
+    Raises:
+        ValueError: A switch is neither True nor False.
     """
 
     def __init__(
@@ -55,6 +58,10 @@ class EncoderDecoder(_EncoderDecoder):
         **kwargs,
     ) -> None:
         super().__init__(*args, **kwargs)
+        switches = dict(fused_loss=fused_loss, channels_last=channels_last, compiled=compiled, cuda_graphs=cuda_graphs)
+        for name, value in switches.items():
+            if type(value) is not bool:  # 'off' from a command line would switch it on
+                raise ValueError(f'EncoderDecoder: {name}={value!r}; expected True or False')
         self.channels_last = channels_last
         self.compiled = compiled
         self.cuda_graphs = cuda_graphs
@@ -116,7 +123,7 @@ class EncoderDecoder(_EncoderDecoder):
 
     def _choose_paths(self) -> None:
         """Finds out which path the loss of each head takes, and logs it where that is new."""
-        changed = [name for name in LOSS_METHODS if getattr(type(self), name) is not getattr(_EncoderDecoder, name)]
+        changed = [name for name in LOSS_METHODS if not keeps(self, _EncoderDecoder, name)]
         if changed:
             reasons = dict(model=f'{type(self).__name__} has a {changed[0]} of its own')
         elif self.fused_loss:
@@ -145,7 +152,8 @@ class EncoderDecoder(_EncoderDecoder):
     def _network(self, images: Tensor) -> tuple[Tensor, ...]:
         """Returns the logits of the heads whose loss is fused and, if there are others, the feature maps."""
         run = compiled_call if images.is_cuda and self.compiled else call
-        features = self.backbone(images, run) if isinstance(self.backbone, ResNeSt) else run(self.backbone, images)
+        in_parts = keeps(self.backbone, ResNeSt, 'forward')
+        features = self.backbone(images, run) if in_parts else run(self.backbone, images)
         if self.with_neck:
             features = run(self.neck, features)
         heads = self._heads()
@@ -214,23 +222,25 @@ class EncoderDecoder(_EncoderDecoder):
         )
 
 
+def keeps(part: nn.Module, owner: type, *methods: str) -> bool:
+    """Whether methods are those that ``owner`` has: no subclass has others, and the object itself neither."""
+    return all(getattr(getattr(part, name, None), '__func__', None) is getattr(owner, name) for name in methods)
+
+
 def has_plain_predict(head: nn.Module) -> bool:
     """Whether a head's prediction is its upsampled output, as BaseDecodeHead has it."""
-    methods = ('predict', 'predict_by_feat')
-    return all(getattr(type(head), name, None) is getattr(BaseDecodeHead, name) for name in methods)
+    return keeps(head, BaseDecodeHead, 'predict', 'predict_by_feat')
 
 
 def predicts_from_logits(model: _EncoderDecoder) -> bool:
     """Whether a segmentor's prediction is its head's upsampled output, as mmsegmentation's EncoderDecoder has it."""
-    plain = all(getattr(type(model), name) is getattr(_EncoderDecoder, name) for name in PREDICT_METHODS)
-    return plain and has_plain_predict(model.decode_head)
+    return keeps(model, _EncoderDecoder, *PREDICT_METHODS) and has_plain_predict(model.decode_head)
 
 
 def why_not_fused(head: nn.Module) -> str:
     """Returns why a head's loss is not what ``fused_loss`` computes; empty if it is."""
     loss = getattr(head, 'loss_decode', None)
-    plain = all(getattr(type(head), name, None) is getattr(BaseDecodeHead, name) for name in ('loss', 'loss_by_feat'))
-    if not plain:
+    if not keeps(head, BaseDecodeHead, 'loss', 'loss_by_feat'):
         return f'{type(head).__name__} has a loss of its own'
     if head.sampler is not None:
         return 'a sampler chooses pixels'
@@ -238,6 +248,9 @@ def why_not_fused(head: nn.Module) -> str:
         return f"{type(loss).__name__} is not mmsegmentation's CrossEntropyLoss alone"
     if loss.use_sigmoid or loss.use_mask or loss.reduction != 'mean':
         return 'it is no mean softmax cross-entropy'
+    hooks = (loss._forward_pre_hooks, loss._forward_hooks, loss._backward_pre_hooks, loss._backward_hooks)
+    if any(hooks) or loss.cls_criterion is not cross_entropy or not keeps(loss, CrossEntropyLoss, 'forward'):
+        return 'its criterion was replaced, or has a hook'
     if loss.class_weight is not None and min(loss.class_weight) < 0:
         return 'a class weight is negative'
     return ''

@@ -72,6 +72,12 @@ def test_cpu_computes_in_float32_exactly_as_the_stock_wrapper(dtype):
     assert_same_parameters(network, stock_network, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize('counts', [0, 1.5, 'two'])
+def test_accumulates_over_whole_batches(counts):
+    with pytest.raises(ValueError, match=f'accumulative_counts={counts!r}; expected an integer of at least 1'):
+        make(accumulative_counts=counts)
+
+
 def test_default_is_bfloat16():
     _, wrapper = make()
     assert wrapper.dtype == torch.bfloat16

@@ -13,6 +13,7 @@ from mmseg.models.segmentors import CascadeEncoderDecoder
 from mmseg.registry import MODELS
 from mmseg.structures import SegDataSample
 
+from mmseg_resnest import ResNeSt
 from mmseg_resnest.segmentor import LOSS_METHODS, EncoderDecoder, why_not_fused
 
 CLASSES = 7
@@ -203,6 +204,67 @@ def test_a_subclass_that_changes_a_step_takes_the_path_of_mmsegmentation(step, c
     assert calls == [step]
     assert {name: float(value) for name, value in found.items()} == {n: float(v) for n, v in losses.items()}
     assert f"model: Changed, loss mmsegmentation's own: Changed has a {step} of its own" in caplog.text
+
+
+def twice(function):
+    return lambda *args, **kwargs: function(*args, **kwargs) * 2
+
+
+def replace_criterion(model):
+    criterion = model.decode_head.loss_decode
+    criterion.cls_criterion = twice(criterion.cls_criterion)
+
+
+def replace_loss_by_feat(model):
+    loss_by_feat = model.decode_head.loss_by_feat
+    model.decode_head.loss_by_feat = lambda *args: dict(loss_x=loss_by_feat(*args)['loss_ce'] * 2)
+
+
+def replace_features(model):
+    extract_feat = model.extract_feat
+    model.extract_feat = lambda inputs: [x * 2 for x in extract_feat(inputs)]
+
+
+@pytest.mark.parametrize(
+    'change',
+    [
+        replace_criterion,
+        replace_loss_by_feat,
+        replace_features,
+        lambda model: setattr(model.decode_head.loss_decode, 'forward', twice(model.decode_head.loss_decode.forward)),
+        lambda model: model.decode_head.loss_decode.register_forward_hook(lambda module, args, out: out * 2),
+    ],
+)
+def test_what_is_replaced_in_an_object_is_computed(change):
+    theirs, ours = make_pair(make_config('fcn', dict(type='CrossEntropyLoss'), None))
+    plain, _ = run(ours, make_batch())
+    ours.zero_grad()
+    change(theirs)
+    change(ours)
+    (losses, gradients), (found, found_gradients) = run(theirs, make_batch()), run(ours, make_batch())
+    assert {name: float(value) for name, value in found.items()} == {n: float(v) for n, v in losses.items()}
+    assert {n: float(v) for n, v in found.items()} != {n: float(v) for n, v in plain.items()}
+    for name, gradient in gradients.items():
+        assert torch.equal(found_gradients[name], gradient), name
+
+
+def test_a_subclass_of_the_backbone_may_have_a_plain_forward():
+    class Halved(ResNeSt):
+        def forward(self, x):
+            return tuple(feature / 2 for feature in super().forward(x))
+
+    theirs, ours = make_pair(make_config('fcn', dict(type='CrossEntropyLoss'), None))
+    for model in (theirs, ours):
+        model.backbone.__class__ = Halved
+    (losses, _), (found, _) = run(theirs, make_batch()), run(ours, make_batch())
+    assert torch.allclose(found['decode.loss_ce'], losses['decode.loss_ce'], rtol=1e-4)
+
+
+@pytest.mark.parametrize('switch', ['fused_loss', 'channels_last', 'compiled', 'cuda_graphs'])
+def test_a_switch_is_true_or_false(switch):
+    config = make_config('fcn', dict(type='CrossEntropyLoss'), None) | dict(type='mmseg_resnest.EncoderDecoder')
+    with pytest.raises(ValueError, match=f"{switch}='off'; expected True or False"):
+        MODELS.build(config | {switch: 'off'})
 
 
 def test_a_cascade_takes_the_path_of_mmsegmentation():
