@@ -7,7 +7,7 @@ from functools import cache
 import torch
 from mmengine.logging import print_log
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import FunctionCtx
 
 Network = Callable[[Tensor], tuple[Tensor, ...]]
 
@@ -100,6 +100,12 @@ class TrainingGraphs:
         if what not in self._said:
             print_log(f'CUDA graphs: {what}', logger='current')
         self._said.add(what)
+
+
+def held_by_graphs() -> int:
+    """Returns the bytes that CUDA graphs keep and no tensor has: the next replay's, and nothing else can use them."""
+    segments = torch.cuda.memory_snapshot()
+    return sum(s['total_size'] - s['allocated_size'] for s in segments if tuple(s['segment_pool_id']) != (0, 0))
 
 
 class Capture:
@@ -252,6 +258,7 @@ class _Replay(torch.autograd.Function):
         return outputs
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: FunctionCtx, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError('CUDA graphs: no second derivative (create_graph=True); set model.cuda_graphs=False')
         return None, None, *ctx.capture.replay_backward(ctx.number, gradients)

@@ -229,6 +229,14 @@ def test_parameters_read_from_elsewhere_are_trained_without_graphs():
 
 
 @pytest.mark.gpu
+def test_a_second_derivative_is_refused():
+    network = make_small()
+    output = TrainingGraphs(network, network)(*batches(1))[0]
+    with pytest.raises(RuntimeError, match='no second derivative'):
+        torch.autograd.grad(output.sum(), list(network.parameters()), create_graph=True, allow_unused=True)
+
+
+@pytest.mark.gpu
 def test_gradients_accumulate():
     plain, graphed = make_small(), make_small()
     graphs = TrainingGraphs(graphed, graphed)

@@ -113,14 +113,14 @@ def test_formats(layout, label_type, dtype, impl):
     assert found[2].stride() == torch.empty_like(logits).stride()
 
 
-def assert_no_worse_than_float32_upsampling(logits, labels, impl):
-    truth = expected(logits, labels)
+def assert_no_worse_than_float32_upsampling(logits, labels, impl, weight=None):
+    truth = expected(logits, labels, weight)
     x = logits.float().requires_grad_()
     z = F.interpolate(x, labels.shape[1:], mode='bilinear')
-    loss = F.cross_entropy(z, labels, ignore_index=255, reduction='sum') / labels.numel()
+    loss = F.cross_entropy(z, labels, weight, ignore_index=255, reduction='sum') / labels.numel()
     loss.backward()
     eager = (x.grad.to(logits.dtype).double() - truth[2]).norm()
-    found = compute(logits, labels, impl=impl)
+    found = compute(logits, labels, class_weight=weight, impl=impl)
     assert (found[2].double() - truth[2]).norm() <= 1.2 * eager + 1e-10
     assert (found[0].double() - truth[0]).abs() <= (loss.detach().double() - truth[0]).abs() + 1e-7
 
@@ -141,6 +141,28 @@ def test_error_is_no_larger_for_sure_and_for_shifted_logits(scale, offset, impl)
     labels = torch.where(labels < 11, right, labels)
     assert_no_worse_than_float32_upsampling(logits, labels, impl)
     assert_no_worse_than_float32_upsampling(logits, right, impl)
+
+
+@pytest.mark.parametrize('impl', IMPLEMENTATIONS)
+@pytest.mark.parametrize('weight', [0.7, 50])
+@pytest.mark.parametrize('gap', [8, 12, 25])
+def test_error_is_no_larger_for_sure_pixels_of_weighted_classes(gap, weight, impl):
+    """All of one class and right: an error of each pixel's weight would add up."""
+    logits, labels = make_case((1, 12, 6, 6), (48, 48))
+    logits, labels = 0.5 * logits, torch.full_like(labels, 3)
+    logits[:, 3] += gap
+    weights = torch.full((12,), float(weight), device=DEVICE)
+    assert_no_worse_than_float32_upsampling(logits, labels, impl, weights)
+
+
+@pytest.mark.parametrize('impl', IMPLEMENTATIONS)
+def test_a_second_derivative_is_refused(impl):
+    """Else a penalty of the gradient would be one of a constant."""
+    logits, labels = make_case((1, 5, 4, 6), (16, 24))
+    x = logits.requires_grad_()
+    loss, _ = upsample_cross_entropy(x, labels, impl=impl)
+    with pytest.raises(RuntimeError, match='no second derivative'):
+        torch.autograd.grad(loss, x, create_graph=True)
 
 
 @pytest.mark.parametrize('impl', IMPLEMENTATIONS)
@@ -257,6 +279,7 @@ def test_labels_out_of_range_are_refused():
         (dict(class_weight=torch.ones(4)), 'expected one of 5 classes'),
         (dict(class_weight=torch.tensor([1, 1, -0.5, 1, 1])), 'class_weight from -0.5; expected 0 or more'),
         (dict(class_weight=torch.tensor([1, float('nan'), 1, 1, 1])), 'class_weight from nan; expected 0 or more'),
+        (dict(logits=torch.zeros(1, 32768, 1, 1)), '32768 classes; expected at most 32767'),
         (dict(label_smoothing=-0.1), 'label_smoothing=-0.1; expected 0 to 1'),
         (dict(label_smoothing=1.1), 'label_smoothing=1.1; expected 0 to 1'),
         (dict(label_smoothing=float('nan')), 'label_smoothing=nan; expected 0 to 1'),

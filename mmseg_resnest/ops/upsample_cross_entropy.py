@@ -3,7 +3,7 @@
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import FunctionCtx
 from torch.nn import functional as F
 
 from mmseg_resnest.ops.bilinear import Axis, bilinear_axis
@@ -32,17 +32,19 @@ def upsample_cross_entropy(
         loss = sum_p sum_c -w[c] * y[p, c] * log_softmax(z)[p, c] / denominator
         y[p, c] = (1 - label_smoothing) * (c == labels[p]) + label_smoothing / C
 
-    The denominator is the number of all pixels, as in mmsegmentation's CrossEntropyLoss (``'all'``), or the sum of
-    ``w[labels[p]]`` over the pixels that are not ignored, as in torch (``'valid'``), 1 where that is 0. The sum is over
-    all ranks, divided by their number: DDP's mean of the ranks' gradients is then that of one process with all images.
+    The denominator is the number of all pixels of this rank, as in mmsegmentation's CrossEntropyLoss (``'all'``), or
+    the sum of ``w[labels[p]]`` over the pixels that are not ignored, as in torch (``'valid'``), 1 where that is 0. That
+    sum is over all ranks, divided by their number: DDP's mean of the ranks' gradients is then that of one process with
+    all images. There is no second derivative: ``create_graph=True`` is a RuntimeError.
 
     Args:
-        logits: (N, C, h, w), bfloat16, float16, float32 or float64, any strides. Computed in float32 (float64).
+        logits: (N, C, h, w), bfloat16, float16, float32 or float64, any strides; up to 32,767 classes. Computed in
+            float32 (float64).
         labels: (N, H, W), uint8 or int64: a class or ``ignore_index``. Of any other value the plain path raises a
             ValueError; a kernel cannot, and the loss becomes NaN.
         ignore_index: The label of the pixels that do not count.
-        class_weight: (C,) weights w of the classes, 0 or more; None: 1. Only those on a CPU are checked: a GPU would
-            have to wait. There a kernel's gradient of a negative weight is NaN.
+        class_weight: (C,) weights w of the classes, 0 or more, without gradient; None: 1. Only those on a CPU are
+            checked: a GPU would have to wait.
         label_smoothing: The share of the target that is spread over all classes, 0 to 1.
         align_corners: As in ``torch.nn.functional.interpolate``.
         average: ``'all'`` or ``'valid'``.
@@ -50,8 +52,8 @@ def upsample_cross_entropy(
 
     Returns:
         The loss, a float32 (float64) scalar, 0 if every pixel is ignored; and the percentage of the pixels that are
-        not ignored whose label has the largest logit, a float32 scalar without gradient, 100 if every pixel is
-        ignored, as mmsegmentation has it.
+        not ignored whose label has the largest logit, or one as large, a float32 scalar without gradient, 100 if every
+        pixel is ignored, as mmsegmentation has it.
 
     Raises:
         ValueError: A shape, dtype or option is not one of those above.
@@ -60,9 +62,7 @@ def upsample_cross_entropy(
     if impl is None:
         impl = 'triton' if logits.is_cuda and logits.dtype != torch.float64 else 'torch'
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    weight = torch.ones(logits.shape[1], dtype=dtype, device=logits.device)
-    if class_weight is not None:
-        weight = class_weight.to(weight).detach()
+    weight = None if class_weight is None else class_weight.detach().to(logits.device, dtype)
     options = (ignore_index, label_smoothing, align_corners)
     total, weights, correct, valid = _UpsampleCrossEntropy.apply(logits, labels, weight, options, impl)
     if average == 'all':
@@ -88,6 +88,8 @@ def _check(
             f'upsample_cross_entropy: logits {tuple(logits.shape)}, labels {tuple(labels.shape)}; '
             'expected (N, C, h, w) and (N, H, W), none empty'
         )
+    if logits.shape[1] > 32767:  # the kernels keep a label as int16
+        raise ValueError(f'upsample_cross_entropy: {logits.shape[1]} classes; expected at most 32767')
     if not logits.is_floating_point() or labels.dtype not in (torch.uint8, torch.int64):
         raise ValueError(
             f'upsample_cross_entropy: logits {logits.dtype}, labels {labels.dtype}; '
@@ -125,7 +127,12 @@ class _UpsampleCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx, logits: Tensor, labels: Tensor, weight: Tensor, options: tuple[int, float, bool], impl: str
+        ctx: FunctionCtx,
+        logits: Tensor,
+        labels: Tensor,
+        weight: Tensor | None,
+        options: tuple[int, float, bool],
+        impl: str,
     ) -> tuple[Tensor, ...]:
         if impl == 'triton':
             from mmseg_resnest.ops.upsample_cross_entropy_triton import sums_and_gradient
@@ -139,8 +146,13 @@ class _UpsampleCrossEntropy(torch.autograd.Function):
         return sums
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: FunctionCtx, factor: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        # once_differentiable lets a penalty of the gradient through, as one that depends on nothing.
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                'upsample_cross_entropy: it has no second derivative (create_graph=True); take interpolate and '
+                'cross_entropy, which the segmentor does with fused_loss=False'
+            )
         (gradient,) = ctx.saved_tensors
         result = torch.empty_strided(ctx.like.shape, ctx.like.stride(), dtype=ctx.like.dtype, device=gradient.device)
         return torch.mul(gradient, factor, out=result), None, None, None, None
@@ -149,13 +161,15 @@ class _UpsampleCrossEntropy(torch.autograd.Function):
 def _sums_and_gradient(
     logits: Tensor,
     labels: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     ignore_index: int,
     label_smoothing: float,
     align_corners: bool,
     needs_gradient: bool,
 ) -> tuple[tuple[Tensor, ...], Tensor | None]:
     """The sums and the gradient in plain PyTorch, a few rows of an image at a time."""
+    if weight is None:
+        weight = torch.ones_like(logits[0, :, 0, 0], dtype=torch.promote_types(logits.dtype, torch.float32))
     height, width = labels.shape[1:]
     columns = _to(bilinear_axis(logits.shape[3], width, align_corners), weight)
     rows = _to(bilinear_axis(logits.shape[2], height, align_corners), weight)

@@ -142,7 +142,7 @@ def softmax_kernel(
     top_row,
     row_weight,
     highests,  # (N, H, K, G) float32: the highest logit of a pixel
-    log_sum_exp,  # (N, H, K, G) float32, base 2, less the highest and log2 of the pixel's weight; inf where ignored
+    log_sum_exp,  # (N, H, K, G) float32, base 2, less the highest; inf where ignored
     targets,  # (N, H, K, G) int16, -1 where ignored
     sums,  # (4, programs) float64
     total,  # N * H * G
@@ -216,10 +216,8 @@ def softmax_kernel(
     weight = tl.load(class_weight + target, mask=known, other=0.0)
 
     log_sum = tl.log2(exponentials)
-    scale = weight
     loss = weight * tl.fma(log_sum, LN2, highest - z)
     if SMOOTH:
-        scale = (1 - smoothing * C) * weight + smoothing * weight_sum
         spread = weight_sum * tl.fma(log_sum, LN2, highest - reference) - smooth
         loss = (1 - smoothing * C) * loss + smoothing * spread
     loss = tl.where(known, loss, tl.where(valid, float('nan'), 0.0))
@@ -228,7 +226,7 @@ def softmax_kernel(
     if GRADIENT:
         place = (row * K + k) * G + group
         tl.store(highests + place, highest, mask=inside)
-        tl.store(log_sum_exp + place, tl.where(known, log_sum - tl.log2(scale), float('inf')), mask=inside)
+        tl.store(log_sum_exp + place, tl.where(known, log_sum, float('inf')), mask=inside)
         tl.store(targets + place, tl.where(known, label, -1).to(tl.int16), mask=inside)
     programs = tl.num_programs(0)
     at = sums + tl.program_id(0)
@@ -260,6 +258,8 @@ def gradient_kernel(
     H,
     G,
     smoothing,  # label_smoothing / C
+    weight_sum,  # of class_weight
+    WEIGHTED: tl.constexpr,  # whether any class has another weight than 1
     SMOOTH: tl.constexpr,
     ROWS: tl.constexpr,  # logit rows a program
     CLASSES: tl.constexpr,  # classes a thread
@@ -302,6 +302,9 @@ def gradient_kernel(
             place = ((n * H + y) * K + k) * G + group[None, :]
             target = tl.load(targets + place)[None]
             g = tl.exp2(tl.fma(z - tl.load(highests + place)[None], LOG2E, -tl.load(log_sum_exp + place)[None]))
+            if WEIGHTED:  # not as a term of the exponent: what is certain would not be exactly the weight
+                on_label = tl.load(class_weight + tl.maximum(target.to(tl.int32), 0))
+                g *= (1 - smoothing * C) * on_label + smoothing * weight_sum
             g -= tl.where(target == c[:, None, :], on_target, 0.0)
             if SMOOTH:
                 g -= tl.where(target >= 0, spread, 0.0)
@@ -347,7 +350,7 @@ def gather_kernel(
 def sums_and_gradient(
     logits: Tensor,
     labels: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     ignore_index: int,
     label_smoothing: float,
     align_corners: bool,
@@ -365,11 +368,14 @@ def sums_and_gradient(
     log_sum_exp = torch.empty(stored, dtype=torch.float32, device=logits.device)
     highests = torch.empty(stored, dtype=torch.float32, device=logits.device)
     targets = torch.empty(stored, dtype=torch.int16, device=logits.device)
+    weighted = weight is not None
+    weight = weight if weighted else torch.ones(C, device=logits.device)
+    weight_sum = float(weight.sum()) if label_smoothing else 0.0
     sums = torch.empty((4, programs), dtype=torch.float64, device=logits.device)
     with torch.cuda.device_of(logits):
         softmax_kernel[(programs,)](
             logits, labels, weight, *groups[:4], rows.top, rows.weight, highests, log_sum_exp, targets, sums,
-            total, C, h, w, H, W, G, ignore_index, label_smoothing / C, float(weight.sum()) if label_smoothing else 0.0,
+            total, C, h, w, H, W, G, ignore_index, label_smoothing / C, weight_sum,
             SMOOTH=label_smoothing > 0, GRADIENT=needs_gradient, K=K, BLOCK=BLOCK, num_warps=BLOCK // 32,
             **SOFTMAX_OPTIONS,
         )  # fmt: skip
@@ -382,8 +388,9 @@ def sums_and_gradient(
     with torch.cuda.device_of(logits):
         gradient_kernel[grid](
             logits, weight, highests, log_sum_exp, targets, *groups[:4], rows.start, rows.weight, shares,
-            shares[0].numel(), C, h, w, H, G, label_smoothing / C,
-            SMOOTH=label_smoothing > 0, ROWS=ROWS, CLASSES=CLASSES, K=K, BLOCK=BLOCK, num_warps=BLOCK // 32,
+            shares[0].numel(), C, h, w, H, G, label_smoothing / C, weight_sum,
+            WEIGHTED=weighted, SMOOTH=label_smoothing > 0, ROWS=ROWS, CLASSES=CLASSES, K=K, BLOCK=BLOCK,
+            num_warps=BLOCK // 32,
         )  # fmt: skip
         gather_kernel[(triton.cdiv(gradient.numel(), 1024),)](
             shares, groups.from_left, groups.from_right, gradient, gradient.numel(), w, G, MOST=groups.most, BLOCK=1024
