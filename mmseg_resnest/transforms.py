@@ -40,8 +40,9 @@ class RandomCrop(_RandomCrop):
         """
         box = self._draw(results['img'].shape)
         for _ in range(10 if self.cat_max_ratio < 1 else 0):
-            counts = np.bincount(self.crop(results['gt_seg_map'], box).ravel(), minlength=self.ignore_index + 1)
-            counts[self.ignore_index] = 0
+            counts = np.bincount(self.crop(results['gt_seg_map'], box).ravel())
+            if self.ignore_index is not None and 0 <= self.ignore_index < len(counts):
+                counts[self.ignore_index] = 0
             if np.count_nonzero(counts) > 1 and counts.max() / counts.sum() < self.cat_max_ratio:
                 break
             box = self._draw(results['img'].shape)
@@ -88,7 +89,7 @@ class PackEvalInputs(_PackSegInputs):
         """Returns ``inputs`` (C, H, W) and ``data_samples``, with ``gt_sem_seg`` (1, H, W)."""
         results = dict(results)
         image, label = results['img'], results.get('gt_seg_map')
-        if image.ndim == 3:
+        if image.ndim == 3 and image.shape[2] <= 4:  # of more than 128 channels OpenCV makes others
             planes = np.empty((image.shape[2], *image.shape[:2]), image.dtype)
             cv2.split(image, list(planes))
             results['img'] = planes.transpose(1, 2, 0)  # which PackSegInputs turns back, without a copy

@@ -47,7 +47,7 @@ def test_photometric_distortion_is_that_of_mmsegmentation(kind):
 
 
 @pytest.mark.parametrize('ratio', [0.3, 0.75, 1.0])
-@pytest.mark.parametrize('ignore_index', [255, 2])
+@pytest.mark.parametrize('ignore_index', [255, 2, -1, -100, None])
 def test_random_crop_is_that_of_mmsegmentation(ratio, ignore_index):
     random = np.random.default_rng(0)
     boxes = set()
@@ -311,7 +311,7 @@ def test_goes_to_another_process(data):
 
 
 @pytest.mark.parametrize('kind', [np.uint8, np.uint16])
-@pytest.mark.parametrize('channels', [3, 1, None])
+@pytest.mark.parametrize('channels', [3, 1, 200, None])
 def test_pack_eval_inputs_packs_what_mmsegmentations_does(kind, channels):
     """Also mirrored views, as RandomFlip makes them; a label map of uint8 keeps its dtype."""
     random = np.random.default_rng(0)
