@@ -13,10 +13,10 @@ from mmseg_resnest import cli
 TINY = [option for option in OPTIONS if option.startswith(('model.', 'train_dataloader.batch_size'))]
 
 
-def measure(config, folder, *arguments, options=()):
+def measure(config, folder, *arguments, options=(), tiny=TINY):
     """Returns the figures of each side, and the output."""
     arguments = ('train', config, '--steps', '2', '--json', 'new/folder/speed.json', *arguments)
-    done = run_tool('benchmark', *arguments, '--cfg-options', *TINY, *options, cwd=folder)
+    done = run_tool('benchmark', *arguments, '--cfg-options', *tiny, *options, cwd=folder)
     assert done.returncode == 0, done.stderr
     return json.loads((folder / 'new/folder/speed.json').read_text())[config.stem], done.stdout
 
@@ -40,8 +40,9 @@ def test_training_speed(tmp_path):
 @pytest.mark.slow
 def test_against_mmsegmentation(tmp_path):
     config = ROOT / 'configs' / 'pspnet_resnest101_ade20k.py'
-    options = ['model.backbone.depth=50']  # mmsegmentation's ResNeSt begins there
-    sides, output = measure(config, tmp_path, '--against', 'mmseg', options=options)
+    # mmsegmentation's ResNeSt begins at depth 50; the heads are those of its model zoo.
+    options = ['model.backbone.depth=50', 'model.data_preprocessor.size=(48,64)', 'train_dataloader.batch_size=2']
+    sides, output = measure(config, tmp_path, '--against', 'mmseg', options=options, tiny=())
     assert list(sides) == ['ours', 'ours-eager', 'mmseg-fp16', 'mmseg-bf16']
     for name in ('mmseg-fp16', 'mmseg-bf16'):
         ratio = sides['ours']['images_per_s'] / sides[name]['images_per_s']
@@ -72,6 +73,15 @@ NO_SMP = '--against smp needs segmentation_models.pytorch: pip install segmentat
             'train --against mmseg --cfg-options model.decode_head.num_classes=19',
             f"{CAMVID}: mmsegmentation's ResNeSt has no depth 14, but 50, 101, 152, 200",
         ),
+        (
+            'train --against mmseg --cfg-options model.decode_head.num_classes=19 model.backbone.depth=50 '
+            'model.backbone.output_stride=16',
+            f"{CAMVID}: model.backbone.output_stride=16: mmsegmentation's side would not get it",
+        ),
+        (
+            'train --against mmseg --cfg-options model.decode_head.num_classes=19 model.backbone.depth=50',
+            '--cfg-options model.decode_head.channels: the other side would not get it; expected one of train_',
+        ),
         ('learn --seeds 0', '--seeds 0: expected 1 or more'),
         ('learn --against smp', 'learn --against smp: expected mmseg, or nothing'),
         ('learn --data-root nowhere', '--data-root nowhere: no such folder'),
@@ -91,6 +101,12 @@ def test_what_cannot_be_measured_is_refused_before_anything_is(words, message, m
     assert str(error.value).startswith(message)
     assert '\n' not in str(error.value)
     assert capsys.readouterr().out == ''
+
+
+def test_two_configs_of_one_name_are_refused():
+    tool = runpy.run_path(str(ROOT / 'tools' / 'benchmark.py'))
+    with pytest.raises(cli.UsageError, match='two configs of one name'):
+        tool['check'](tool['make_parser']().parse_args(['train', str(CAMVID), f'other/{CAMVID.name}']))
 
 
 def test_a_measurement_is_not_refused_for_a_peer_that_it_does_without(monkeypatch):

@@ -28,7 +28,14 @@ from mmengine.config import Config
 from mmseg_resnest import cli
 from mmseg_resnest.benchmark import data, inference, learning, scaling
 from mmseg_resnest.benchmark.alone import run_alone
-from mmseg_resnest.benchmark.training import PEERS, Spec, import_smp, mmseg_backbone, mmseg_config
+from mmseg_resnest.benchmark.training import (
+    PEERS,
+    Spec,
+    check_options,
+    import_smp,
+    mmseg_backbone,
+    mmseg_config,
+)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -89,6 +96,8 @@ def check(args: argparse.Namespace) -> None:
     for name in ('steps', 'seeds'):
         if getattr(args, name) < 1:
             raise cli.UsageError(f'--{name} {getattr(args, name)}: expected 1 or more')
+    if len({path.stem for path in args.configs}) < len(args.configs):
+        raise cli.UsageError(f'{" ".join(map(str, args.configs))}: two configs of one name, by which figures are told')
     for path in args.configs:
         cfg = cli.read_config(path, args.cfg_options, 'test_dataloader' if args.task == 'test' else 'train_dataloader')
         if (args.task, args.against) == ('train', 'mmseg'):
@@ -103,6 +112,11 @@ def check(args: argparse.Namespace) -> None:
             import_smp()
         except ImportError as error:
             raise cli.UsageError(f'{error}, or give --against mmseg') from error
+    if args.task == 'train' and args.against:
+        try:
+            check_options(args.cfg_options)
+        except ValueError as error:
+            raise cli.UsageError(str(error)) from error
     if args.json:
         cli.make_room(args.json)
 
@@ -121,7 +135,7 @@ def check_learning(path: Path, cfg: Config, args: argparse.Namespace) -> None:
         raise cli.UsageError(f'--data-root {args.data_root}: no such folder')
     if args.against == 'mmseg':
         try:
-            mmseg_backbone(cfg.model.backbone.depth)
+            mmseg_backbone(cfg.model.backbone)
         except ValueError as error:
             raise cli.UsageError(f'{path}: {error}') from error
 

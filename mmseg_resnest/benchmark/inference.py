@@ -163,7 +163,7 @@ def _config(spec: Spec) -> Config:
     cfg.tta_model = dict(type='mmseg_resnest.TTAModel' if ours else 'mmseg.SegTTAModel')
     if not ours:
         if cfg.model.backbone.depth in (50, 101, 200):
-            cfg.model.backbone = mmseg_backbone(cfg.model.backbone.depth)
+            cfg.model.backbone = mmseg_backbone(cfg.model.backbone)
         cfg.test_dataloader.pop('batch_sampler', None)
         cfg.test_dataloader.batch_size = 1
         cfg.test_evaluator = dict(type='mmseg.IoUMetric', iou_metrics=['mIoU'])

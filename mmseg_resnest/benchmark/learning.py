@@ -103,7 +103,7 @@ def initial_weights(model: dict, seed: int) -> dict[str, Tensor]:
 def take_mmsegmentations(cfg: Config) -> None:
     """Puts mmsegmentation's and MMEngine's own model, transforms, metric, optimiser wrapper and hooks in a config."""
     cfg.model.type = 'mmseg.EncoderDecoder'
-    cfg.model.backbone = mmseg_backbone(cfg.model.backbone.depth)
+    cfg.model.backbone = mmseg_backbone(cfg.model.backbone)
     cfg.model.decode_head.pop('conv_cfg', None)
     for loader in (cfg.train_dataloader, cfg.val_dataloader):
         loader.dataset.pipeline = mmseg_pipeline(loader.dataset.pipeline)

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mmseg_resnest.benchmark.alone import fields, hand_over
+from mmseg_resnest.training_pass import held_by_graphs
 
 OURS = ('ours', 'ours-eager')
 PEERS = {
@@ -60,6 +61,14 @@ KINDS = {
 }
 
 
+# Overrides that both sides of a comparison heed, and such as say only how ours runs.
+SHARED_OPTIONS = ('train_dataloader.batch_size', 'model.data_preprocessor.size', 'model.backbone.depth')
+OUR_SWITCHES = (
+    'model.backbone.init_cfg', 'model.fused_loss', 'model.channels_last', 'model.compiled', 'model.cuda_graphs',
+    'model.backbone.radix_conv', 'model.decode_head.conv_cfg',
+)  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Spec:
     """One measurement of one side.
@@ -81,7 +90,8 @@ def measure(spec: Spec) -> dict:
     """Measures in this process.
 
     Returns:
-        ``images_per_s`` and ``ms`` of the median step; ``gib``, the peak of allocated memory from the first step on;
+        ``images_per_s`` and ``ms`` of the median step; ``gib``, the peak of allocated memory from the first step on,
+        and what CUDA graphs keep;
         ``first_step_s``; ``tflop`` a step; ``steps``; ``graphs`` and ``graph_breaks`` of torch.compile; on a GPU
         ``kinds``: the milliseconds of a step by kind of work. Of the ceiling only ``tflop_per_s``.
     """
@@ -137,11 +147,16 @@ def time_steps(step: Callable[[], object], images: int, steps: int) -> dict:
     """Returns the figures of a prepared step; see ``measure``."""
     from torch._dynamo.utils import counters
 
+    first = torch.cuda.max_memory_allocated()
+    if _device() == 'cuda':
+        torch.cuda.reset_peak_memory_stats()
     seconds = _median_seconds(step, steps)
     figures = dict(images_per_s=images / seconds, ms=seconds * 1000, gib=float('nan'), steps=steps)
     figures |= dict(graphs=counters['stats']['unique_graphs'], graph_breaks=sum(counters['graph_break'].values()))
     if _device() == 'cuda':
-        figures |= dict(gib=torch.cuda.max_memory_allocated() / 2**30, kinds=profile(step))
+        # While graphs are captured, tensors have what the graphs hold afterwards.
+        gib = max(first, torch.cuda.max_memory_allocated() + held_by_graphs()) / 2**30
+        figures |= dict(gib=gib, kinds=profile(step))
     return figures
 
 
@@ -178,6 +193,7 @@ def training_flop(side: str, cfg: Config) -> float:
 
     cfg = cfg.copy()
     _configure(side, cfg)
+    cfg.model.backbone.radix_conv = 'grouped'  # a dense one multiplies zeros too
     with torch.device('meta'):
         model = MODELS.build(cfg.model).eval()
         image = torch.empty(1, 3, *cfg.model.data_preprocessor.size)
@@ -229,6 +245,18 @@ def _segmentor_step(side: str, cfg: Config, batch: dict) -> Callable[[], object]
     return lambda: model.train_step(batch, optim_wrapper)
 
 
+def check_options(options: dict) -> None:
+    """Refuses overrides that would change our side of a comparison alone.
+
+    Raises:
+        ValueError: There is one.
+    """
+    for key in options:
+        if key not in (*SHARED_OPTIONS, *OUR_SWITCHES):
+            known = ', '.join((*SHARED_OPTIONS, *OUR_SWITCHES))
+            raise ValueError(f'--cfg-options {key}: the other side would not get it; expected one of {known}')
+
+
 def mmseg_config(cfg: Config) -> Config:
     """Returns mmsegmentation's own config of the same head, data set and depth.
 
@@ -249,20 +277,27 @@ def mmseg_config(cfg: Config) -> Config:
         raise ValueError(f'mmsegmentation has no ResNeSt config of {cfg.model.decode_head.type} on this data set')
     theirs = Config.fromfile(found[0])
     theirs.model.pretrained = None
-    theirs.model.backbone = mmseg_backbone(cfg.model.backbone.depth)
+    theirs.model.backbone = mmseg_backbone(cfg.model.backbone)
     theirs.model.data_preprocessor.size = cfg.model.data_preprocessor.size
     return theirs
 
 
-def mmseg_backbone(depth: int) -> dict:
+def mmseg_backbone(ours: dict) -> dict:
     """Returns the config of mmsegmentation's ResNeSt at output stride 8, as its model zoo has it for depth 101.
 
+    Args:
+        ours: The config of this project's, of the same depth.
+
     Raises:
-        ValueError: It has no such depth.
+        ValueError: mmsegmentation's has no such depth, or ours has other options.
     """
-    depths = MODELS.get('mmseg.ResNeSt').arch_settings
+    depths, depth = MODELS.get('mmseg.ResNeSt').arch_settings, ours['depth']
     if depth not in depths:
         raise ValueError(f"mmsegmentation's ResNeSt has no depth {depth}, but {', '.join(map(str, depths))}")
+    plain = dict(output_stride=8, norm_cfg=dict(type='BN'))
+    for key, value in ours.items():
+        if key not in ('type', 'depth', 'init_cfg', 'graph', 'radix_conv') and value != plain.get(key):
+            raise ValueError(f"model.backbone.{key}={value!r}: mmsegmentation's side would not get it")
     return dict(
         type='mmseg.ResNeSt', depth=depth, stem_channels=64 if depth == 50 else 128, radix=2, reduction_factor=4,
         avg_down_stride=True, num_stages=4, out_indices=(0, 1, 2, 3), dilations=(1, 1, 2, 4), strides=(1, 2, 1, 1),
@@ -285,10 +320,12 @@ def mmseg_pipeline(pipeline: list[dict]) -> list[dict]:
 
 def drop_hooks(cfg: Config) -> None:
     """Takes this project's hooks and its log's format out of a config, where MMEngine's take over."""
-    for name in [name for name, hook in cfg.default_hooks.items() if hook.type.startswith('mmseg_resnest.')]:
-        cfg.default_hooks.pop(name)
+    for name, hook in list(cfg.default_hooks.items()):
+        if hook and hook.type.startswith('mmseg_resnest.'):
+            cfg.default_hooks.pop(name)
     cfg.custom_hooks = []
-    cfg.log_processor.pop('type', None)
+    if cfg.get('log_processor'):
+        cfg.log_processor.pop('type', None)
 
 
 def import_smp() -> ModuleType:
