@@ -90,10 +90,10 @@ def measure(spec: Spec) -> dict:
     """Measures in this process.
 
     Returns:
-        ``images_per_s`` and ``ms`` of the median step; ``gib``, the peak of allocated memory from the first step on,
-        and what CUDA graphs keep;
-        ``first_step_s``; ``tflop`` a step; ``steps``; ``graphs`` and ``graph_breaks`` of torch.compile; on a GPU
-        ``kinds``: the milliseconds of a step by kind of work. Of the ceiling only ``tflop_per_s``.
+        ``images_per_s`` and ``ms`` of the median step; ``gib``, the peak from the first step on of what tensors have
+        and CUDA graphs keep; ``first_step_s``; ``tflop`` a step; ``steps``; ``graphs`` and ``graph_breaks`` of
+        torch.compile; on a GPU ``kinds``: the milliseconds of a step by kind of work. Of the ceiling only
+        ``tflop_per_s``.
     """
     if spec.side == 'ceiling':
         return dict(tflop_per_s=matrix_ceiling())
