@@ -29,9 +29,10 @@ class EncoderDecoder(_EncoderDecoder):
     """mmsegmentation's EncoderDecoder whose training never stores full-resolution logits.
 
     A head whose loss is the softmax cross-entropy of its upsampled logits is finished by
-    ``ops.upsample_cross_entropy``; any other takes mmsegmentation's own path. The log says once which. Names and values
-    of the losses are mmsegmentation's, but where a loss is averaged over what is not ignored (``avg_non_ignore``,
-    ``class_weight``): that is counted over all ranks.
+    ``ops.upsample_cross_entropy``; any other takes mmsegmentation's own path. The log says once which. The criterion of
+    a fused loss is not called, and so no hook that is registered on it. Names and values of the losses are
+    mmsegmentation's, but where a loss is averaged over what is not ignored (``avg_non_ignore``, ``class_weight``): that
+    is counted over all ranks.
 
     On a GPU training runs channels-last, compiled and as CUDA graphs; a CPU does none of it.
 
@@ -248,9 +249,8 @@ def why_not_fused(head: nn.Module) -> str:
         return f"{type(loss).__name__} is not mmsegmentation's CrossEntropyLoss alone"
     if loss.use_sigmoid or loss.use_mask or loss.reduction != 'mean':
         return 'it is no mean softmax cross-entropy'
-    hooks = (loss._forward_pre_hooks, loss._forward_hooks, loss._backward_pre_hooks, loss._backward_hooks)
-    if any(hooks) or loss.cls_criterion is not cross_entropy or not keeps(loss, CrossEntropyLoss, 'forward'):
-        return 'its criterion was replaced, or has a hook'
+    if loss.cls_criterion is not cross_entropy or not keeps(loss, CrossEntropyLoss, 'forward'):
+        return 'its criterion was replaced'
     if loss.class_weight is not None and min(loss.class_weight) < 0:
         return 'a class weight is negative'
     return ''

@@ -1,12 +1,12 @@
 """The memory that the log tells is what the run needs."""
 
 import itertools
-import json
+import re
 
 import pytest
 import torch
 from mmengine.runner import log_processor
-from test_hooks import config_runner, no_stale_log  # noqa: F401  (a fixture)
+from test_hooks import config_runner, log_of, no_stale_log  # noqa: F401  (a fixture)
 from tiny import write_data_set
 
 from mmseg_resnest.training_pass import held_by_graphs
@@ -14,9 +14,7 @@ from mmseg_resnest.training_pass import held_by_graphs
 
 def memory_of(work_dir):
     """The memory at each iteration."""
-    (file,) = work_dir.rglob('scalars.json')
-    entries = map(json.loads, file.read_text().splitlines())
-    return [entry['memory'] for entry in entries if 'loss' in entry]
+    return [int(memory) for memory in re.findall(r'Iter\(train\).* memory: (\d+)', log_of(work_dir))]
 
 
 def test_the_largest_so_far(tmp_path, monkeypatch):
