@@ -58,7 +58,7 @@ class AutocastOptimWrapper(OptimWrapper):
         **kwargs: OptimWrapper's.
 
     Raises:
-        ValueError: ``dtype`` is another one.
+        ValueError: ``dtype`` is another one, or ``accumulative_counts`` no integer of at least 1.
     """
 
     def __init__(self, dtype: str = 'bfloat16', autocast_cpu: bool = False, **kwargs) -> None:

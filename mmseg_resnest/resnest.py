@@ -322,8 +322,7 @@ class ResNeSt(BaseModule):
         _check_choice('radix_conv', radix_conv, (None, *EXECUTIONS))
         _check_choice('frozen_stages', frozen_stages, range(-1, 5))
         for name, value in dict(with_cp=with_cp, norm_eval=norm_eval, avd_first=avd_first).items():
-            if type(value) is not bool:  # 'off' from a command line would switch it on
-                raise ValueError(f'ResNeSt: {name}={value!r}; expected True or False')
+            _check_choice(name, value, (False, True))  # 'off' from a command line would switch it on
         for index in out_indices if isinstance(out_indices, Sequence) and out_indices else [out_indices]:
             _check_choice('out_indices', index, range(4))
         for name, value in dict(radix=radix, groups=groups, base_width=base_width).items():
@@ -460,5 +459,6 @@ def _make_stage(
 
 
 def _check_choice(name: str, value: int | str, choices: Sequence | dict) -> None:
-    if isinstance(value, bool | float) or value not in choices:
+    is_another_kind = isinstance(value, bool | float) and type(value) not in map(type, choices)  # True == 1 == 1.0
+    if is_another_kind or value not in choices:
         raise ValueError(f'ResNeSt: {name}={value!r}; expected one of {", ".join(str(choice) for choice in choices)}')

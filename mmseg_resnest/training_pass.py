@@ -64,7 +64,7 @@ class TrainingGraphs:
 
         Raises:
             RuntimeError: The network cannot be captured; or, in the backward pass, the outputs are not those of the
-                last call, or were differentiated before.
+                last call, or were differentiated before, or a second derivative is asked for.
         """
         if not self._is_refused and self._state != self._read_state():
             self._renew(images)

@@ -716,7 +716,7 @@ BAD_OPTIONS = [
         "radix_conv='grouped'",
     ),
     (dict(graph='mmdet'), "ResNeSt: graph='mmdet'; expected one of authors, mmseg, timm"),
-    (dict(with_cp='no'), "ResNeSt: with_cp='no'; expected True or False"),
+    (dict(with_cp='no'), "ResNeSt: with_cp='no'; expected one of False, True"),
     (dict(frozen_stages=5), 'ResNeSt: frozen_stages=5; expected one of -1, 0, 1, 2, 3, 4'),
     (dict(out_indices=(0, 4)), 'ResNeSt: out_indices=4; expected one of 0, 1, 2, 3'),
     (dict(out_indices=(-1,)), 'ResNeSt: out_indices=-1; expected one of 0, 1, 2, 3'),

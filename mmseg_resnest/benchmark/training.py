@@ -251,10 +251,12 @@ def check_options(options: dict) -> None:
     Raises:
         ValueError: There is one.
     """
+    known = (*SHARED_OPTIONS, *OUR_SWITCHES)
     for key in options:
-        if key not in (*SHARED_OPTIONS, *OUR_SWITCHES):
-            known = ', '.join((*SHARED_OPTIONS, *OUR_SWITCHES))
-            raise ValueError(f'--cfg-options {key}: the other side would not get it; expected one of {known}')
+        if key not in known:
+            raise ValueError(
+                f'--cfg-options {key}: the other side would not get it; expected one of {", ".join(known)}'
+            )
 
 
 def mmseg_config(cfg: Config) -> Config:
