@@ -2,9 +2,11 @@
 
 import json
 import sys
+from dataclasses import replace
 
 import cv2
 import pytest
+import torch
 from tiny import CAMVID, ROOT
 
 from mmseg_resnest.benchmark.inference import (
@@ -35,6 +37,22 @@ def test_each_task(task, side):
     result = measure_alone(Spec(task, side, CONFIG, (40, 56), repeats=2, options=TINY))
     assert result['ms'] > 0
     assert result['task'] == task
+
+
+@pytest.mark.parametrize('task', ['latency', 'after_network'])
+def test_ours_does_not_take_mmsegmentations_path(task, monkeypatch):
+    def postprocess_result(*args):
+        raise AssertionError
+
+    threads = torch.get_num_threads()
+    monkeypatch.setattr('mmseg.models.segmentors.EncoderDecoder.postprocess_result', postprocess_result)
+    spec = Spec(task, 'ours', CONFIG, (40, 56), repeats=1, options=TINY)
+    try:
+        assert measure(spec)['ms'] > 0
+        with pytest.raises(AssertionError):
+            measure(replace(spec, side='mmseg'))
+    finally:
+        torch.set_num_threads(threads)
 
 
 @pytest.mark.slow

@@ -254,7 +254,6 @@ def _after_network(spec: Spec) -> float:
     classes = model.num_classes
     height, width = spec.size
     logits = 4 * torch.randn(1, classes, -(-height // 8), -(-width // 8))
-    model._forward = lambda _: logits
     model.decode_head.forward = lambda _: logits
     model.extract_feat = lambda inputs: inputs
     metric = METRICS.build(cfg.test_evaluator)
