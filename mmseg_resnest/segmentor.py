@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import lru_cache
+from inspect import signature
 
 import torch
 from mmengine.logging import print_log
@@ -153,8 +154,7 @@ class EncoderDecoder(_EncoderDecoder):
     def _network(self, images: Tensor) -> tuple[Tensor, ...]:
         """Returns the logits of the heads whose loss is fused and, if there are others, the feature maps."""
         run = compiled_call if images.is_cuda and self.compiled else call
-        in_parts = keeps(self.backbone, ResNeSt, 'forward')
-        features = self.backbone(images, run) if in_parts else run(self.backbone, images)
+        features = self.backbone(images, run) if _runs_in_parts(self.backbone) else run(self.backbone, images)
         if self.with_neck:
             features = run(self.neck, features)
         heads = self._heads()
@@ -225,7 +225,15 @@ class EncoderDecoder(_EncoderDecoder):
 
 def keeps(part: nn.Module, owner: type, *methods: str) -> bool:
     """Whether methods are those that ``owner`` has: no subclass has others, and the object itself neither."""
-    return all(getattr(getattr(part, name, None), '__func__', None) is getattr(owner, name) for name in methods)
+    # Not by the bound method's function, which is another to torch.compile, and the same if borrowed from a sibling.
+    return all(
+        name not in vars(part) and getattr(type(part), name, None) is getattr(owner, name) for name in methods
+    )
+
+
+def _runs_in_parts(backbone: nn.Module) -> bool:
+    """Whether a backbone lets its caller call its parts: a subclass of ResNeSt may not."""
+    return isinstance(backbone, ResNeSt) and 'call' in signature(backbone.forward).parameters
 
 
 def has_plain_predict(head: nn.Module) -> bool:

@@ -14,7 +14,7 @@ from torch.nn import functional
 from mmseg_resnest.inference import WINDOWS, are_finite
 from mmseg_resnest.ops import Placement, place, upsample_argmax, upsample_softmax
 from mmseg_resnest.registry import MODELS
-from mmseg_resnest.segmentor import EncoderDecoder, predicts_from_logits
+from mmseg_resnest.segmentor import EncoderDecoder, keeps, predicts_from_logits
 
 SCORES = 1 << 29  # 2 GiB, of the images that run together
 
@@ -123,8 +123,7 @@ class TTAModel(BaseTTAModel):
 
 def _adds_from_logits(module: nn.Module) -> bool:
     """Whether a segmentor predicts as our EncoderDecoder does, from low-resolution logits."""
-    is_ours = isinstance(module, EncoderDecoder) and type(module).predict is EncoderDecoder.predict
-    return is_ours and predicts_from_logits(module)
+    return keeps(module, EncoderDecoder, 'predict') and predicts_from_logits(module)
 
 
 def _scores(sample: SegDataSample) -> Tensor:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from mmengine.config import ConfigDict
 from mmengine.logging import MMLogger
+from mmengine.runner.activation_checkpointing import turn_on_activation_checkpointing
 from mmengine.structures import PixelData
 from mmseg.models.backbones import ResNet
 from mmseg.models.losses import DiceLoss
@@ -257,6 +258,51 @@ def test_a_subclass_of_the_backbone_may_have_a_plain_forward():
         model.backbone.__class__ = Halved
     (losses, _), (found, _) = run(theirs, make_batch()), run(ours, make_batch())
     assert torch.allclose(found['decode.loss_ce'], losses['decode.loss_ce'], rtol=1e-4)
+
+
+def test_what_is_borrowed_from_another_object_is_computed():
+    theirs, ours = make_pair(make_config('fcn', dict(type='CrossEntropyLoss'), None))
+    other = copy.deepcopy(theirs.decode_head)
+    other.loss_decode.loss_weight = 5
+    theirs.decode_head.loss_by_feat = ours.decode_head.loss_by_feat = other.loss_by_feat
+    (losses, _), (found, _) = run(theirs, make_batch()), run(ours, make_batch())
+    assert float(found['decode.loss_ce']) == float(losses['decode.loss_ce'])
+
+
+class PassesCallOn(ResNeSt):
+    def forward(self, x, call=None):
+        return super().forward(x, call)
+
+
+@pytest.mark.parametrize(
+    'change',
+    [
+        lambda model: setattr(model.backbone, '__class__', PassesCallOn),
+        lambda model: turn_on_activation_checkpointing(model, ['backbone']),
+    ],
+)
+def test_a_backbone_that_takes_call_runs_part_by_part(change, monkeypatch):
+    _, model = make_pair(make_config('fcn', dict(type='CrossEntropyLoss'), None))
+    change(model)
+    called = []
+    monkeypatch.setattr('mmseg_resnest.segmentor.call', lambda part, *args: (called.append(part), part(*args))[1])
+    model.loss(*make_batch())
+    backbone = model.backbone
+    blocks = [*backbone.layer1, *backbone.layer2, *backbone.layer3, *backbone.layer4]
+    assert called == [backbone._stem, *blocks, model.decode_head]
+
+
+@pytest.mark.parametrize('entry', ['predict', 'test_step'])
+def test_torch_compile_leaves_prediction_on_its_path(entry):
+    _, model = make_pair(make_config('fcn', dict(type='CrossEntropyLoss'), None))
+    model.eval()
+    images = make_batch()[0]
+    samples = [SegDataSample(metainfo=dict(ori_shape=(64, 96), img_shape=(64, 96), pad_shape=(64, 96))) for _ in images]
+    args = (images, samples) if entry == 'predict' else (dict(inputs=images, data_samples=samples),)
+    with torch.no_grad():
+        found = torch.compile(getattr(model, entry), backend='eager')(*args)
+    assert [sample.pred_sem_seg.data.dtype for sample in found] == [torch.uint8] * len(images)
+    assert all(sample.finite for sample in found)
 
 
 @pytest.mark.parametrize('switch', ['fused_loss', 'channels_last', 'compiled', 'cuda_graphs'])

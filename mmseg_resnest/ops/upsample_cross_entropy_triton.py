@@ -369,7 +369,7 @@ def sums_and_gradient(
     highests = torch.empty(stored, dtype=torch.float32, device=logits.device)
     targets = torch.empty(stored, dtype=torch.int16, device=logits.device)
     weighted = weight is not None
-    weight = weight if weighted else torch.ones(C, device=logits.device)
+    weight = weight if weighted else torch.ones(C, dtype=torch.float32, device=logits.device)
     weight_sum = float(weight.sum()) if label_smoothing else 0.0
     sums = torch.empty((4, programs), dtype=torch.float64, device=logits.device)
     with torch.cuda.device_of(logits):
