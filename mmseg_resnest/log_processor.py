@@ -1,5 +1,7 @@
 """What a line of the log says of the GPU's memory."""
 
+from collections.abc import Collection
+
 from mmengine.runner import LogProcessor as _LogProcessor
 from mmengine.runner import Runner
 
@@ -15,11 +17,13 @@ class LogProcessor(_LogProcessor):
     that from the second line on only what lies outside of the graphs would be counted.
     """
 
-    _held = 0
+    _held: Collection = ()
     _peak = 0
 
     def _get_max_memory(self, runner: Runner) -> int:
-        # What graphs held at the last line: while they are captured, tensors have it.
-        self._peak = max(self._peak, super()._get_max_memory(runner) + self._held)
-        self._held = held_by_graphs() // 2**20
+        held = held_by_graphs()
+        # Of graphs that were there at the last line too: while one is captured, tensors have what it holds afterwards.
+        kept = sum(size for pool, size in held.items() if pool in self._held)
+        self._peak = max(self._peak, super()._get_max_memory(runner) + kept // 2**20)
+        self._held = held
         return self._peak

@@ -1,5 +1,6 @@
 """How a network runs in training on a GPU: compiled part by part, and replayed as two CUDA graphs."""
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -41,8 +42,8 @@ class TrainingGraphs:
 
     The graphs are captured for the first batch. They hold its memory for as long as this object lives; the parameters'
     gradients are copies. They are captured anew where parameters, buffers or parts have been moved, exchanged, frozen
-    or thawed, or a part was switched between training and evaluation; numbers that a part reads, such as the momentum
-    of batch norm, stay those of the capture. A batch of another size runs without graphs, and so does a network that
+    or thawed, or a part was switched between training and evaluation or given another ``forward``; numbers that a part
+    reads, such as the momentum of batch norm, and its hooks stay those of the capture: Python runs in no replay. A batch of another size runs without graphs, and so does a network that
     has nothing to train, exchanges its own buffers, or reads parameters from elsewhere than its modules.
 
     Args:
@@ -80,7 +81,10 @@ class TrainingGraphs:
 
     def _read_state(self) -> tuple:
         """What the captured kernels take for granted. Half a millisecond: ``modules()`` alone takes several."""
-        parts = [(part.training, *map(id, part._modules.values())) for part in self._parts]
+        parts = [
+            (type(part), vars(part).get('forward'), part.training, *map(id, part._modules.values()))
+            for part in self._parts
+        ]
         tensors = [tensor for part in self._parts for tensor in (*part._parameters.values(), *part._buffers.values())]
         facts = [(id(t), t.data_ptr(), t.requires_grad) for t in tensors if t is not None]
         return (_autocast_dtype(), facts, parts)
@@ -102,10 +106,14 @@ class TrainingGraphs:
         self._said.add(what)
 
 
-def held_by_graphs() -> int:
-    """Returns the bytes that CUDA graphs keep and no tensor has: the next replay's, and nothing else can use them."""
-    segments = torch.cuda.memory_snapshot()
-    return sum(s['total_size'] - s['allocated_size'] for s in segments if tuple(s['segment_pool_id']) != (0, 0))
+def held_by_graphs() -> Counter[tuple[int, int]]:
+    """Returns what each pool of CUDA graphs keeps for the next replay alone: bytes that no tensor has."""
+    held = Counter()
+    if torch.cuda.is_available() and torch.cuda.get_allocator_backend() == 'native':  # no other tells
+        for segment in torch.cuda.memory_snapshot():
+            held[tuple(segment['segment_pool_id'])] += segment['total_size'] - segment['allocated_size']
+    del held[0, 0]  # of what is in no graph
+    return held
 
 
 class Capture:

@@ -17,14 +17,21 @@ def memory_of(work_dir):
     return [int(memory) for memory in re.findall(r'Iter\(train\).* memory: (\d+)', log_of(work_dir))]
 
 
-def test_the_largest_so_far(tmp_path, monkeypatch):
-    peaks = itertools.chain([50, 8, 8, 70], itertools.repeat(8))  # of a GPU, since the last line
-    held = itertools.chain([45, 45, 0], itertools.repeat(0))  # a graph is given up before the last line
+@pytest.mark.parametrize(
+    ('peaks', 'pools', 'memory'),
+    [
+        ([50, 8, 8, 70], [[1], [1], [], []], [50, 53, 53, 70]),  # a graph is given up before the last line
+        ([50, 8, 50, 9], [[1], [1], [2], [2]], [50, 53, 53, 54]),  # and another one captured
+    ],
+)
+def test_the_largest_so_far(peaks, pools, memory, tmp_path, monkeypatch):
+    peaks = itertools.chain(peaks, itertools.repeat(8))  # of a GPU, since the last line
+    pools = itertools.chain(pools, itertools.repeat([]))  # of which each holds 45
     monkeypatch.setattr(log_processor, 'is_cuda_available', lambda: True)
     monkeypatch.setattr(log_processor, 'get_max_cuda_memory', lambda device: next(peaks))
-    monkeypatch.setattr('mmseg_resnest.log_processor.held_by_graphs', lambda: next(held) * 2**20)
+    monkeypatch.setattr('mmseg_resnest.log_processor.held_by_graphs', lambda: {(0, i): 45 * 2**20 for i in next(pools)})
     config_runner(tmp_path, write_data_set(tmp_path / 'data')).train()
-    assert memory_of(tmp_path) == [50, 53, 53, 70]
+    assert memory_of(tmp_path) == memory
 
 
 @pytest.mark.gpu
@@ -32,7 +39,8 @@ def test_what_graphs_hold_is_counted(tmp_path):
     torch.cuda.reset_peak_memory_stats()
     runner = config_runner(tmp_path, write_data_set(tmp_path / 'data'), 'model.compiled=False')
     runner.train()
-    memory = memory_of(tmp_path)  # the first line has what was allocated for the capture
-    assert memory == sorted(memory)
-    assert held_by_graphs() > 0  # for as long as there is the runner
+    held = held_by_graphs().total()  # for as long as there is the runner
+    assert held > 0
+    # More than the first line's, which has what was allocated for the capture: there is a momentum now.
+    assert memory_of(tmp_path)[-1] + 2 >= (torch.cuda.memory_allocated() + held) // 2**20
     del runner

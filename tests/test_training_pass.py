@@ -77,6 +77,8 @@ def test_copies_of_a_segmentor_make_graphs_of_their_own():
         lambda model: model.head.requires_grad_(False),
         lambda model: model.body[1].eval(),
         lambda model: model.body.append(nn.Identity()),
+        lambda model: setattr(model.head, 'forward', lambda x: x),
+        lambda model: setattr(model.head, '__class__', type('Other', (nn.Conv2d,), {})),
     ],
 )
 def test_changes_of_a_network_are_seen(change):

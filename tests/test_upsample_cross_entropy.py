@@ -202,6 +202,21 @@ def test_corners_far_above_the_pixels_between_them(smoothing, impl):
 
 
 @pytest.mark.parametrize('impl', IMPLEMENTATIONS)
+@pytest.mark.parametrize('dtype', [torch.float64, torch.bfloat16])
+def test_torchs_default_dtype_changes_nothing(dtype, impl):
+    logits, labels = make_case((1, 5, 2, 2), (16, 16))
+    truth = compute(logits, labels, impl=impl, label_smoothing=0.1)
+    torch.set_default_dtype(dtype)
+    try:
+        found = compute(logits, labels, impl=impl, label_smoothing=0.1)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for value, true in zip(found, truth, strict=True):
+        assert value.dtype == true.dtype
+        assert torch.equal(value, true)
+
+
+@pytest.mark.parametrize('impl', IMPLEMENTATIONS)
 @pytest.mark.parametrize('average', ['all', 'valid'])
 def test_all_ignored_gives_zero(average, impl):
     logits, labels = make_case((2, 5, 4, 6), (32, 48), ignored=2)

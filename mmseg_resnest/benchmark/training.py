@@ -155,7 +155,7 @@ def time_steps(step: Callable[[], object], images: int, steps: int) -> dict:
     figures |= dict(graphs=counters['stats']['unique_graphs'], graph_breaks=sum(counters['graph_break'].values()))
     if _device() == 'cuda':
         # While graphs are captured, tensors have what the graphs hold afterwards.
-        gib = max(first, torch.cuda.max_memory_allocated() + held_by_graphs()) / 2**30
+        gib = max(first, torch.cuda.max_memory_allocated() + held_by_graphs().total()) / 2**30
         figures |= dict(gib=gib, kinds=profile(step))
     return figures
 
