@@ -25,9 +25,15 @@ def run_alone(module: str, spec: Any) -> dict:
     done = subprocess.run(command, capture_output=True, text=True)
     results = [text for text in done.stdout.splitlines() if text.startswith(_RESULT)]
     if done.returncode or not results:
-        printed = '\n'.join(text.strip()[-1500:] for text in (done.stdout, done.stderr))
+        printed = f'{_end(done.stdout)}\n{_end(done.stderr)}'
         raise RuntimeError(f'{spec.side}: ended with {done.returncode}, {len(results)} results: {printed}')
     return json.loads(results[-1].removeprefix(_RESULT))
+
+
+def _end(text: str) -> str:
+    # A crash ends with the names of all compiled modules, which would leave no room for where it happened.
+    lines = [line for line in text.strip().splitlines() if not line.startswith('Extension modules: ')]
+    return '\n'.join(lines)[-4000:]
 
 
 def fields() -> dict[str, Any]:
