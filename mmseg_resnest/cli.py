@@ -192,13 +192,18 @@ def build_runner(cfg: Config) -> Runner:
     """
     from mmseg_resnest.hooks import SampleCheckHook  # here: it imports mmsegmentation
 
-    for name, hook in list((cfg.get('default_hooks') or {}).items()):
-        if hook is None and name not in _MMENGINE_HOOKS:
-            del cfg.default_hooks[name]
+    drop_absent_hooks(cfg)
     runner = Runner.from_cfg(cfg)
     if not any(isinstance(hook, SampleCheckHook) for hook in runner.hooks):
         runner.register_hook(SampleCheckHook())
     return runner
+
+
+def drop_absent_hooks(cfg: Config) -> None:
+    """Takes default hooks that are None out of a config, which MMEngine takes for its own hooks only."""
+    for name, hook in list((cfg.get('default_hooks') or {}).items()):
+        if hook is None and name not in _MMENGINE_HOOKS:
+            del cfg.default_hooks[name]
 
 
 def make_folder(folder: Path) -> None:

@@ -226,9 +226,7 @@ class EncoderDecoder(_EncoderDecoder):
 def keeps(part: nn.Module, owner: type, *methods: str) -> bool:
     """Whether methods are those that ``owner`` has: no subclass has others, and the object itself neither."""
     # Not by the bound method's function, which is another to torch.compile, and the same if borrowed from a sibling.
-    return all(
-        name not in vars(part) and getattr(type(part), name, None) is getattr(owner, name) for name in methods
-    )
+    return all(name not in vars(part) and getattr(type(part), name, None) is getattr(owner, name) for name in methods)
 
 
 def _runs_in_parts(backbone: nn.Module) -> bool:

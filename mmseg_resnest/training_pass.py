@@ -42,9 +42,10 @@ class TrainingGraphs:
 
     The graphs are captured for the first batch. They hold its memory for as long as this object lives; the parameters'
     gradients are copies. They are captured anew where parameters, buffers or parts have been moved, exchanged, frozen
-    or thawed, or a part was switched between training and evaluation or given another ``forward``; numbers that a part
-    reads, such as the momentum of batch norm, and its hooks stay those of the capture: Python runs in no replay. A batch of another size runs without graphs, and so does a network that
-    has nothing to train, exchanges its own buffers, or reads parameters from elsewhere than its modules.
+    or thawed, or a part was switched between training and evaluation or given another ``forward``. Numbers that a part
+    reads, such as the momentum of batch norm, and its hooks stay those of the capture: no Python runs in a replay. A
+    batch of another size runs without graphs, and so does a network that has nothing to train, exchanges its own
+    buffers, or reads parameters from elsewhere than its modules.
 
     Args:
         network: Maps images (N, 3, H, W) to tensors, in autograd; no step of it may wait for the GPU.

@@ -76,11 +76,11 @@ NO_SMP = '--against smp needs segmentation_models.pytorch: pip install segmentat
         (
             'train --against mmseg --cfg-options model.decode_head.num_classes=19 model.backbone.depth=50 '
             'model.backbone.output_stride=16',
-            f"{CAMVID}: model.backbone.output_stride=16: mmsegmentation's side would not get it",
+            f'{CAMVID}: model.backbone.output_stride=16: the other side would not get it; expected 8',
         ),
         (
             'train --against mmseg --cfg-options model.decode_head.num_classes=19 model.backbone.depth=50',
-            '--cfg-options model.decode_head.channels: the other side would not get it; expected one of train_',
+            '--cfg-options model.decode_head.channels: not one that --against mmseg compares; expected one of train_',
         ),
         ('learn --seeds 0', '--seeds 0: expected 1 or more'),
         ('learn --against smp', 'learn --against smp: expected mmseg, or nothing'),
@@ -88,7 +88,12 @@ NO_SMP = '--against smp needs segmentation_models.pytorch: pip install segmentat
         ('learn --against mmseg', f"{CAMVID}: mmsegmentation's ResNeSt has no depth 14"),
         ('train --against smp', NO_SMP),
         ('test --against smp', NO_SMP),
-        ('test', NO_SMP),
+        ('test --cfg-options model.backbone.depth=50', NO_SMP),
+        ('test', f"{CAMVID}: mmsegmentation's ResNeSt has no depth 14, but 50"),
+        (
+            'test --against mmseg --cfg-options model.backbone.depth=50 model.backbone.with_cp=True',
+            f'{CAMVID}: model.backbone.with_cp=True: the other side would not get it; expected False',
+        ),
     ],
 )
 def test_what_cannot_be_measured_is_refused_before_anything_is(words, message, monkeypatch, capsys):

@@ -7,6 +7,7 @@ from dataclasses import replace
 import cv2
 import pytest
 import torch
+from mmseg.registry import MODELS
 from tiny import CAMVID, ROOT
 
 from mmseg_resnest.benchmark.inference import (
@@ -25,7 +26,7 @@ from mmseg_resnest.benchmark.inference import (
 )
 
 CONFIG = str(ROOT / 'configs' / 'pspnet_resnest50_ade20k.py')
-TINY = {'model.backbone.depth': 14, 'model.decode_head.channels': 8, 'model.auxiliary_head.channels': 8}
+TINY = {'model.backbone.depth': 50, 'model.decode_head.channels': 8, 'model.auxiliary_head.channels': 8}
 TINY |= {'model.decode_head.num_classes': 5, 'model.auxiliary_head.num_classes': 5}
 TINY |= {'test_dataloader.num_workers': 0, 'test_dataloader.persistent_workers': False}
 
@@ -95,8 +96,12 @@ def test_a_side_that_fails_says_why():
         measure_alone(Spec('test', 'mmseg', 'nowhere.py', (40, 56)))
 
 
-def test_their_side_has_the_label_of_each_augmentation_and_nothing_of_ours():
-    cfg = _config(Spec('tta', 'mmseg', CONFIG, None))
+@pytest.mark.parametrize('head', ['pspnet', 'deeplabv3'])
+def test_their_side_has_the_label_of_each_augmentation_and_nothing_of_ours(head):
+    options = {'model.compiled': False, 'default_hooks.nonfinite': None}
+    cfg = _config(Spec('tta', 'mmseg', CONFIG.replace('pspnet', head), None, options=options))
+    MODELS.build(cfg.model)
+    assert None not in cfg.default_hooks.values()
     keys = ('model', 'tta_model', 'test_dataloader', 'test_evaluator', 'default_hooks', 'custom_hooks', 'tta_pipeline')
     assert 'mmseg_resnest.' not in json.dumps([cfg.to_dict()[key] for key in keys])
     load, augment = cfg.tta_pipeline

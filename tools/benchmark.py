@@ -31,6 +31,7 @@ from mmseg_resnest.benchmark.alone import run_alone
 from mmseg_resnest.benchmark.training import (
     PEERS,
     Spec,
+    check_backbone,
     check_options,
     import_smp,
     mmseg_backbone,
@@ -98,23 +99,19 @@ def check(args: argparse.Namespace) -> None:
             raise cli.UsageError(f'--{name} {getattr(args, name)}: expected 1 or more')
     if len({path.stem for path in args.configs}) < len(args.configs):
         raise cli.UsageError(f'{" ".join(map(str, args.configs))}: two configs of one name, by which figures are told')
+    peers = [args.against] if args.against else []
+    if args.task == 'test':
+        peers = peers or list(PEERS)
     for path in args.configs:
         cfg = cli.read_config(path, args.cfg_options, 'test_dataloader' if args.task == 'test' else 'train_dataloader')
-        if (args.task, args.against) == ('train', 'mmseg'):
-            try:
-                mmseg_config(cfg)
-            except ValueError as error:
-                raise cli.UsageError(f'{path}: {error}') from error
         if args.task == 'learn':
             check_learning(path, cfg, args)
-    if args.against == 'smp' or (args.task, args.against) == ('test', None):
-        try:
-            import_smp()
-        except ImportError as error:
-            raise cli.UsageError(f'{error}, or give --against mmseg') from error
+        if args.task in ('train', 'test', 'learn'):
+            for peer in peers:
+                check_peer(path, cfg, args.task, peer)
     if args.task == 'train' and args.against:
         try:
-            check_options(args.cfg_options)
+            check_options(args.cfg_options, args.against)
         except ValueError as error:
             raise cli.UsageError(str(error)) from error
     if args.json:
@@ -125,7 +122,7 @@ def check_learning(path: Path, cfg: Config, args: argparse.Namespace) -> None:
     """Refuses runs that cannot be compared.
 
     Raises:
-        UsageError: The peer has no such model, the schedule counts epochs, or the data set's folder is not there.
+        UsageError: The peer is none, the schedule counts epochs, or the data set's folder is not there.
     """
     if args.against == 'smp':
         raise cli.UsageError('learn --against smp: expected mmseg, or nothing')
@@ -133,11 +130,26 @@ def check_learning(path: Path, cfg: Config, args: argparse.Namespace) -> None:
         raise cli.UsageError(f'{path}: its schedule counts epochs; expected iterations (train_cfg.max_iters)')
     if args.data_root and not Path(args.data_root).is_dir():
         raise cli.UsageError(f'--data-root {args.data_root}: no such folder')
-    if args.against == 'mmseg':
-        try:
+
+
+def check_peer(path: Path, cfg: Config, task: str, peer: str) -> None:
+    """Refuses a comparison with a peer that is not there, or has no such model.
+
+    Raises:
+        UsageError: It is not, or has not.
+    """
+    try:
+        if peer == 'smp':
+            import_smp()
+        elif task == 'train':
+            mmseg_config(cfg)
+        else:
             mmseg_backbone(cfg.model.backbone)
-        except ValueError as error:
-            raise cli.UsageError(f'{path}: {error}') from error
+        check_backbone(cfg.model.backbone)
+    except ImportError as error:
+        raise cli.UsageError(f'{error}, or give --against mmseg') from error
+    except ValueError as error:
+        raise cli.UsageError(f'{path}: {error}') from error
 
 
 def benchmark_training(path: Path, args: argparse.Namespace) -> Iterator[tuple[str, dict]]:

@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mmseg_resnest.benchmark.alone import fields, hand_over, run_alone
-from mmseg_resnest.benchmark.training import drop_hooks, mmseg_backbone, mmseg_pipeline, smp_model
+from mmseg_resnest.benchmark.training import drop_hooks, mmseg_pipeline, smp_model, take_mmseg_model
+from mmseg_resnest.cli import drop_absent_hooks
 
 # Width and height -> share of a generated set: made up after ADE20K's validation images, mostly of short side 512.
 ADE_SIZES = {
@@ -158,12 +159,11 @@ def _config(spec: Spec) -> Config:
     cfg = Config.fromfile(spec.config)
     cfg.merge_from_dict(spec.options or {})
     cfg.model.backbone.init_cfg = None
+    drop_absent_hooks(cfg)
     ours = spec.side == 'ours'
-    cfg.model.type = 'mmseg_resnest.EncoderDecoder' if ours else 'mmseg.EncoderDecoder'
     cfg.tta_model = dict(type='mmseg_resnest.TTAModel' if ours else 'mmseg.SegTTAModel')
     if not ours:
-        if cfg.model.backbone.depth in (50, 101, 200):
-            cfg.model.backbone = mmseg_backbone(cfg.model.backbone)
+        take_mmseg_model(cfg.model)
         cfg.test_dataloader.pop('batch_sampler', None)
         cfg.test_dataloader.batch_size = 1
         cfg.test_evaluator = dict(type='mmseg.IoUMetric', iou_metrics=['mIoU'])
@@ -224,6 +224,7 @@ def _latency(spec: Spec) -> float:
 def _smp_latency(spec: Spec) -> float:
     """Its DeepLabV3 on timm's ResNeSt, compiled with CUDA graphs, resizing and argmax in the graph; padded to 8."""
     cfg = Config.fromfile(spec.config)
+    cfg.merge_from_dict(spec.options or {})
     model = smp_model(cfg, channels=cfg.model.decode_head.channels)
     dtype = getattr(torch, spec.dtype)
     model = _settled(model.to(_device()), model).to(dtype=dtype, memory_format=torch.channels_last)

@@ -20,8 +20,9 @@ from mmseg.utils import register_all_modules
 from torch import Tensor
 
 from mmseg_resnest.benchmark.alone import fields, hand_over
-from mmseg_resnest.benchmark.training import drop_hooks, mmseg_backbone, mmseg_pipeline
+from mmseg_resnest.benchmark.training import SWITCHES, drop_hooks, mmseg_pipeline, take_mmseg_model
 from mmseg_resnest.checkpoints import guarded_loading
+from mmseg_resnest.cli import drop_absent_hooks
 from mmseg_resnest.datasets import set_data_root
 from mmseg_resnest.key_maps import convert, recognise
 
@@ -70,13 +71,14 @@ def prepare(spec: Spec, folder: Path) -> Config:
     """Returns the config of a run; what it writes, and the weights that it begins with, are in the folder."""
     cfg = Config.fromfile(spec.config)
     cfg.merge_from_dict(spec.options or {})
+    drop_absent_hooks(cfg)
     if spec.data_root:
         set_data_root(cfg, spec.data_root)
     cfg.model.backbone.init_cfg = None
     cfg.randomness = dict(seed=spec.seed)
     cfg.work_dir = str(folder)
     if spec.side == 'ours-eager':
-        cfg.model.update(fused_loss=False, channels_last=False, compiled=False, cuda_graphs=False)
+        cfg.model.update(dict.fromkeys(SWITCHES, False))
         cfg.optim_wrapper.dtype = 'float32'
     if spec.side in SIDES['mmseg']:
         theirs = copy.deepcopy(cfg)
@@ -102,9 +104,7 @@ def initial_weights(model: dict, seed: int) -> dict[str, Tensor]:
 
 def take_mmsegmentations(cfg: Config) -> None:
     """Puts mmsegmentation's and MMEngine's own model, transforms, metric, optimiser wrapper and hooks in a config."""
-    cfg.model.type = 'mmseg.EncoderDecoder'
-    cfg.model.backbone = mmseg_backbone(cfg.model.backbone)
-    cfg.model.decode_head.pop('conv_cfg', None)
+    take_mmseg_model(cfg.model)
     for loader in (cfg.train_dataloader, cfg.val_dataloader):
         loader.dataset.pipeline = mmseg_pipeline(loader.dataset.pipeline)
     cfg.val_dataloader.pop('batch_sampler', None)

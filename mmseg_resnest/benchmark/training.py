@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
 from types import ModuleType
 
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mmseg_resnest.benchmark.alone import fields, hand_over
+from mmseg_resnest.resnest import ResNeSt
 from mmseg_resnest.training_pass import held_by_graphs
 
 OURS = ('ours', 'ours-eager')
@@ -61,12 +63,17 @@ KINDS = {
 }
 
 
-# Overrides that both sides of a comparison heed, and such as say only how ours runs.
-SHARED_OPTIONS = ('train_dataloader.batch_size', 'model.data_preprocessor.size', 'model.backbone.depth')
-OUR_SWITCHES = (
-    'model.backbone.init_cfg', 'model.fused_loss', 'model.channels_last', 'model.compiled', 'model.cuda_graphs',
-    'model.backbone.radix_conv', 'model.decode_head.conv_cfg',
+# How ours runs, which mmsegmentation's segmentor does not know.
+SWITCHES = ('fused_loss', 'channels_last', 'compiled', 'cuda_graphs')
+# The overrides that both sides of a comparison heed, or that say only how ours runs.
+COMPARABLE = (
+    'train_dataloader.batch_size', 'model.data_preprocessor.size', 'model.backbone.depth', 'model.backbone.init_cfg',
+    'model.backbone.radix_conv', *(f'model.{switch}' for switch in SWITCHES),
 )  # fmt: skip
+COMPARABLE_WITH = dict(
+    mmseg=(*COMPARABLE, 'model.backbone.graph', 'model.decode_head.conv_cfg'),
+    smp=(*COMPARABLE, 'model.decode_head.num_classes'),
+)
 
 
 @dataclass(frozen=True)
@@ -193,7 +200,8 @@ def training_flop(side: str, cfg: Config) -> float:
 
     cfg = cfg.copy()
     _configure(side, cfg)
-    cfg.model.backbone.radix_conv = 'grouped'  # a dense one multiplies zeros too
+    if issubclass(MODELS.get(cfg.model.backbone.type), ResNeSt):
+        cfg.model.backbone.radix_conv = 'grouped'  # a dense one multiplies zeros too
     with torch.device('meta'):
         model = MODELS.build(cfg.model).eval()
         image = torch.empty(1, 3, *cfg.model.data_preprocessor.size)
@@ -245,17 +253,21 @@ def _segmentor_step(side: str, cfg: Config, batch: dict) -> Callable[[], object]
     return lambda: model.train_step(batch, optim_wrapper)
 
 
-def check_options(options: dict) -> None:
-    """Refuses overrides that would change our side of a comparison alone.
+def check_options(options: dict, against: str) -> None:
+    """Refuses overrides that could change one side of a comparison alone.
+
+    Args:
+        options: The overrides.
+        against: One of ``PEERS``.
 
     Raises:
         ValueError: There is one.
     """
-    known = (*SHARED_OPTIONS, *OUR_SWITCHES)
+    known = COMPARABLE_WITH[against]
     for key in options:
         if key not in known:
             raise ValueError(
-                f'--cfg-options {key}: the other side would not get it; expected one of {", ".join(known)}'
+                f'--cfg-options {key}: not one that --against {against} compares; expected one of {", ".join(known)}'
             )
 
 
@@ -296,15 +308,44 @@ def mmseg_backbone(ours: dict) -> dict:
     depths, depth = MODELS.get('mmseg.ResNeSt').arch_settings, ours['depth']
     if depth not in depths:
         raise ValueError(f"mmsegmentation's ResNeSt has no depth {depth}, but {', '.join(map(str, depths))}")
-    plain = dict(output_stride=8, norm_cfg=dict(type='BN'))
-    for key, value in ours.items():
-        if key not in ('type', 'depth', 'init_cfg', 'graph', 'radix_conv') and value != plain.get(key):
-            raise ValueError(f"model.backbone.{key}={value!r}: mmsegmentation's side would not get it")
+    check_backbone(ours)
     return dict(
         type='mmseg.ResNeSt', depth=depth, stem_channels=64 if depth == 50 else 128, radix=2, reduction_factor=4,
         avg_down_stride=True, num_stages=4, out_indices=(0, 1, 2, 3), dilations=(1, 1, 2, 4), strides=(1, 2, 1, 1),
         norm_cfg=dict(type='BN'), norm_eval=False, style='pytorch', contract_dilation=True,
     )  # fmt: skip
+
+
+def check_backbone(ours: dict) -> None:
+    """Refuses options of our backbone that a peer's would not get: theirs are plain, at output stride 8.
+
+    Raises:
+        ValueError: There is one.
+    """
+    defaults = {name: parameter.default for name, parameter in signature(ResNeSt).parameters.items()}
+    plain = defaults | dict(output_stride=8, norm_cfg=dict(type='BN', requires_grad=True))
+    ours = defaults | ours
+    ours['norm_cfg'] = plain['norm_cfg'] | (ours['norm_cfg'] or {})
+    if ours['norm_cfg']['type'] == 'SyncBN':  # one process has it here
+        ours['norm_cfg']['type'] = 'BN'
+    for key, value in ours.items():
+        found = tuple(value) if isinstance(value, list) else value
+        if key not in ('type', 'depth', 'init_cfg', 'graph', 'radix_conv') and found != plain.get(key):
+            wanted = f'; expected {plain[key]!r}' if key in plain else ''
+            raise ValueError(f'model.backbone.{key}={value!r}: the other side would not get it{wanted}')
+
+
+def take_mmseg_model(model: dict) -> None:
+    """Puts mmsegmentation's own segmentor, backbone and convolutions in a model's config.
+
+    Raises:
+        ValueError: It has no such backbone.
+    """
+    model.type = 'mmseg.EncoderDecoder'
+    model.backbone = mmseg_backbone(model.backbone)
+    model.decode_head.pop('conv_cfg', None)
+    for switch in SWITCHES:
+        model.pop(switch, None)
 
 
 def mmseg_pipeline(pipeline: list[dict]) -> list[dict]:
@@ -326,8 +367,8 @@ def drop_hooks(cfg: Config) -> None:
         if hook and hook.type.startswith('mmseg_resnest.'):
             cfg.default_hooks.pop(name)
     cfg.custom_hooks = []
-    if cfg.get('log_processor'):
-        cfg.log_processor.pop('type', None)
+    if cfg.get('log_processor', {}).get('type', '').startswith('mmseg_resnest.'):
+        cfg.log_processor.pop('type')
 
 
 def import_smp() -> ModuleType:
