@@ -58,7 +58,8 @@ class AutocastOptimWrapper(OptimWrapper):
         **kwargs: OptimWrapper's.
 
     Raises:
-        ValueError: ``dtype`` is another one, or ``accumulative_counts`` no integer of at least 1.
+        ValueError: ``dtype`` is another one, ``accumulative_counts`` no integer of at least 1, or ``autocast_cpu``
+            neither True nor False.
     """
 
     def __init__(self, dtype: str = 'bfloat16', autocast_cpu: bool = False, **kwargs) -> None:
@@ -67,6 +68,8 @@ class AutocastOptimWrapper(OptimWrapper):
         counts = kwargs.get('accumulative_counts', 1)
         if type(counts) is not int or counts < 1:
             raise ValueError(f'AutocastOptimWrapper: accumulative_counts={counts!r}; expected an integer of at least 1')
+        if type(autocast_cpu) is not bool:  # 'off' from a command line would switch it on
+            raise ValueError(f'AutocastOptimWrapper: autocast_cpu={autocast_cpu!r}; expected True or False')
         super().__init__(**kwargs)
         # A Runner makes ConfigDicts of them, which are 40 times as slow to read.
         self.optimizer.param_groups[:] = map(dict, self.optimizer.param_groups)

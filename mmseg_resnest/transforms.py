@@ -89,7 +89,7 @@ class PackEvalInputs(_PackSegInputs):
         """Returns ``inputs`` (C, H, W) and ``data_samples``, with ``gt_sem_seg`` (1, H, W)."""
         results = dict(results)
         image, label = results['img'], results.get('gt_seg_map')
-        if image.ndim == 3 and image.shape[2] <= 4:  # of more than 128 channels OpenCV makes others
+        if image.ndim == 3 and image.shape[2] <= 4:  # OpenCV mixes up more than 128 channels
             planes = np.empty((image.shape[2], *image.shape[:2]), image.dtype)
             cv2.split(image, list(planes))
             results['img'] = planes.transpose(1, 2, 0)  # which PackSegInputs turns back, without a copy

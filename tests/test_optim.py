@@ -78,6 +78,11 @@ def test_accumulates_over_whole_batches(counts):
         make(accumulative_counts=counts)
 
 
+def test_autocast_cpu_is_true_or_false():
+    with pytest.raises(ValueError, match="autocast_cpu='off'; expected True or False"):
+        make(autocast_cpu='off')
+
+
 def test_default_is_bfloat16():
     _, wrapper = make()
     assert wrapper.dtype == torch.bfloat16
