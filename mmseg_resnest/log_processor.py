@@ -1,6 +1,6 @@
 """What a line of the log says of the GPU's memory."""
 
-from collections.abc import Collection
+from collections.abc import Mapping
 
 from mmengine.runner import LogProcessor as _LogProcessor
 from mmengine.runner import Runner
@@ -17,13 +17,13 @@ class LogProcessor(_LogProcessor):
     that from the second line on only what lies outside of the graphs would be counted.
     """
 
-    _held: Collection = ()
+    _held: Mapping = {}
     _peak = 0
 
     def _get_max_memory(self, runner: Runner) -> int:
         held = held_by_graphs()
-        # Of graphs that were there at the last line too: while one is captured, tensors have what it holds afterwards.
-        kept = sum(size for pool, size in held.items() if pool in self._held)
+        # What graphs held at the last line too: while one is captured, tensors have what it holds afterwards.
+        kept = sum(min(size, self._held.get(pool, 0)) for pool, size in held.items())
         self._peak = max(self._peak, super()._get_max_memory(runner) + kept // 2**20)
         self._held = held
         return self._peak

@@ -154,7 +154,8 @@ class EncoderDecoder(_EncoderDecoder):
     def _network(self, images: Tensor) -> tuple[Tensor, ...]:
         """Returns the logits of the heads whose loss is fused and, if there are others, the feature maps."""
         run = compiled_call if images.is_cuda and self.compiled else call
-        features = self.backbone(images, run) if _runs_in_parts(self.backbone) else run(self.backbone, images)
+        in_parts = _lets_call_its_parts(self.backbone)
+        features = self.backbone(images, call=run) if in_parts else run(self.backbone, images)
         if self.with_neck:
             features = run(self.neck, features)
         heads = self._heads()
@@ -229,9 +230,15 @@ def keeps(part: nn.Module, owner: type, *methods: str) -> bool:
     return all(name not in vars(part) and getattr(type(part), name, None) is getattr(owner, name) for name in methods)
 
 
-def _runs_in_parts(backbone: nn.Module) -> bool:
-    """Whether a backbone lets its caller call its parts: a subclass of ResNeSt may not."""
-    return isinstance(backbone, ResNeSt) and 'call' in signature(backbone.forward).parameters
+def _lets_call_its_parts(backbone: nn.Module) -> bool:
+    """Whether the caller of a backbone can call its parts: a subclass of ResNeSt may have a plain ``forward``.
+
+    One that was put on the object is a whole: MMEngine's activation checkpointing trains nothing unless it is compiled
+    together with what it wraps.
+    """
+    if not isinstance(backbone, ResNeSt) or 'forward' in vars(backbone):
+        return False
+    return 'call' in signature(type(backbone).forward, follow_wrapped=False).parameters
 
 
 def has_plain_predict(head: nn.Module) -> bool:

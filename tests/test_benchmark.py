@@ -1,9 +1,11 @@
 """tools/benchmark.py measures whole training steps."""
 
+import contextlib
 import json
 import re
 import runpy
 import sys
+import types
 
 import pytest
 from tiny import CAMVID, OPTIONS, ROOT, run_tool
@@ -56,7 +58,7 @@ def test_wrong_path(tmp_path):
     assert done.stderr == 'benchmark.py: error: nowhere.py: there is no such config file; see configs/\n'
 
 
-NO_SMP = '--against smp needs segmentation_models.pytorch: pip install segmentation-models-pytorch, or give'
+NO_SMP = f'{CAMVID}: --against smp needs segmentation_models.pytorch: pip install segmentation-models-pytorch'
 
 
 @pytest.mark.parametrize(
@@ -71,7 +73,7 @@ NO_SMP = '--against smp needs segmentation_models.pytorch: pip install segmentat
         ('train --against mmseg', f'{CAMVID}: mmsegmentation has no ResNeSt config of PSPHead on this data set'),
         (
             'train --against mmseg --cfg-options model.decode_head.num_classes=19',
-            f"{CAMVID}: mmsegmentation's ResNeSt has no depth 14, but 50, 101, 152, 200",
+            f"{CAMVID}: mmsegmentation's ResNeSt has no depth 14, but 50, 101, 200",
         ),
         (
             'train --against mmseg --cfg-options model.decode_head.num_classes=19 model.backbone.depth=50 '
@@ -94,6 +96,14 @@ NO_SMP = '--against smp needs segmentation_models.pytorch: pip install segmentat
             'test --against mmseg --cfg-options model.backbone.depth=50 model.backbone.with_cp=True',
             f'{CAMVID}: model.backbone.with_cp=True: the other side would not get it; expected False',
         ),
+        (
+            'train --against smp --cfg-options model.backbone.with_cp=True',
+            f'{CAMVID}: model.backbone.with_cp=True: the other side would not get it; expected False',
+        ),
+        (
+            'learn --against mmseg --cfg-options model.backbone.depth=152',
+            f'{CAMVID}: model.backbone.depth=152: expected',
+        ),
     ],
 )
 def test_what_cannot_be_measured_is_refused_before_anything_is(words, message, monkeypatch, capsys):
@@ -106,6 +116,30 @@ def test_what_cannot_be_measured_is_refused_before_anything_is(words, message, m
     assert str(error.value).startswith(message)
     assert '\n' not in str(error.value)
     assert capsys.readouterr().out == ''
+
+
+@pytest.mark.parametrize(
+    ('config', 'options', 'message'),
+    [
+        (
+            'pspnet_resnest50_camvid',
+            [],
+            "type='PSPHead', .*: segmentation_models.pytorch's side is DeepLabV3",
+        ),
+        ('deeplabv3_resnest50_ade20k', ['model.test_cfg.mode=slide'], "mode='slide': segmentation_models"),
+        ('deeplabv3_resnest50_ade20k_authors', [], "mode='slide': segmentation_models"),
+        ('deeplabv3_resnest50_ade20k_authors', ['model.test_cfg.mode=whole'], ''),
+        ('deeplabv3_resnest269_ade20k', [], ''),
+    ],
+)
+def test_smps_side_is_deeplabv3(config, options, message, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'segmentation_models_pytorch', types.ModuleType('smp'))
+    tool = runpy.run_path(str(ROOT / 'tools' / 'benchmark.py'))
+    words = ['test', str(ROOT / 'configs' / f'{config}.py'), '--against', 'smp']
+    words += ['--cfg-options', 'model.backbone.init_cfg=None', *options]
+    context = pytest.raises(cli.UsageError, match=message) if message else contextlib.nullcontext()
+    with context:
+        tool['check'](tool['make_parser']().parse_args(words))
 
 
 def test_two_configs_of_one_name_are_refused():

@@ -96,6 +96,13 @@ def test_a_side_that_fails_says_why():
         measure_alone(Spec('test', 'mmseg', 'nowhere.py', (40, 56)))
 
 
+@pytest.mark.parametrize('head', ['fcn_resnest50_ade20k_authors', 'deeplabv3_resnest50_ade20k_authors'])
+def test_their_side_of_our_heads_has_torchs_convolutions(head):
+    model = MODELS.build(_config(Spec('latency', 'mmseg', CONFIG.replace('pspnet_resnest50_ade20k', head), None)).model)
+    convolutions = {type(module) for module in model.modules() if isinstance(module, torch.nn.Conv2d)}
+    assert convolutions == {torch.nn.Conv2d}
+
+
 @pytest.mark.parametrize('head', ['pspnet', 'deeplabv3'])
 def test_their_side_has_the_label_of_each_augmentation_and_nothing_of_ours(head):
     options = {'model.compiled': False, 'default_hooks.nonfinite': None}
@@ -103,6 +110,7 @@ def test_their_side_has_the_label_of_each_augmentation_and_nothing_of_ours(head)
     MODELS.build(cfg.model)
     assert None not in cfg.default_hooks.values()
     keys = ('model', 'tta_model', 'test_dataloader', 'test_evaluator', 'default_hooks', 'custom_hooks', 'tta_pipeline')
+    assert 'type' not in cfg.log_processor
     assert 'mmseg_resnest.' not in json.dumps([cfg.to_dict()[key] for key in keys])
     load, augment = cfg.tta_pipeline
     assert (load.type, augment.type) == ('LoadImageFromFile', 'TestTimeAug')

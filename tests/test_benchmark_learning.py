@@ -29,11 +29,15 @@ def test_both_sides_begin_with_one_network(tmp_path):
 
 def test_their_side_has_nothing_of_ours(tmp_path):
     options = {'model.compiled': False, 'default_hooks.nonfinite': None, 'default_hooks.timer': None}
+    options |= {'optim_wrapper.clip_grad': dict(max_norm=1), 'optim_wrapper.accumulative_counts': 2}
     cfg = prepare(Spec('mmseg', str(CAMVID), seed=0, options=options), tmp_path)
     assert [name for name, hook in cfg.default_hooks.items() if hook is None] == ['timer']  # which MMEngine drops
     keys = ('model', 'train_dataloader', 'val_dataloader', 'val_evaluator', 'optim_wrapper', 'default_hooks')
     assert 'mmseg_resnest.' not in json.dumps([cfg.to_dict()[key] for key in (*keys, 'custom_hooks', 'sync_bn')])
     assert cfg.train_cfg.max_iters == 1000
+    assert 'type' not in cfg.log_processor
+    assert (cfg.optim_wrapper.clip_grad, cfg.optim_wrapper.accumulative_counts) == (dict(max_norm=1), 2)
+    assert 'autocast_cpu' not in cfg.optim_wrapper
 
 
 def test_the_eager_side_has_no_switch_on(tmp_path):

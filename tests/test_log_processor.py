@@ -20,16 +20,19 @@ def memory_of(work_dir):
 @pytest.mark.parametrize(
     ('peaks', 'pools', 'memory'),
     [
-        ([50, 8, 8, 70], [[1], [1], [], []], [50, 53, 53, 70]),  # a graph is given up before the last line
-        ([50, 8, 50, 9], [[1], [1], [2], [2]], [50, 53, 53, 54]),  # and another one captured
+        ([50, 8, 8, 70], [{1: 45}, {1: 45}, {}, {}], [50, 53, 53, 70]),  # a graph is given up before the last line
+        ([50, 8, 50, 9], [{1: 45}, {1: 45}, {2: 45}, {2: 45}], [50, 53, 53, 54]),  # and another one captured
+        ([50, 8, 68, 8], [{1: 45}, {1: 45}, {1: 105}, {1: 105}], [50, 53, 113, 113]),  # another one in the same pool
     ],
 )
 def test_the_largest_so_far(peaks, pools, memory, tmp_path, monkeypatch):
     peaks = itertools.chain(peaks, itertools.repeat(8))  # of a GPU, since the last line
-    pools = itertools.chain(pools, itertools.repeat([]))  # of which each holds 45
+    pools = itertools.chain(pools, itertools.repeat({}))
     monkeypatch.setattr(log_processor, 'is_cuda_available', lambda: True)
     monkeypatch.setattr(log_processor, 'get_max_cuda_memory', lambda device: next(peaks))
-    monkeypatch.setattr('mmseg_resnest.log_processor.held_by_graphs', lambda: {(0, i): 45 * 2**20 for i in next(pools)})
+    monkeypatch.setattr(
+        'mmseg_resnest.log_processor.held_by_graphs', lambda: {i: size * 2**20 for i, size in next(pools).items()}
+    )
     config_runner(tmp_path, write_data_set(tmp_path / 'data')).train()
     assert memory_of(tmp_path) == memory
 

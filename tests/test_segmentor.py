@@ -1,6 +1,7 @@
 """EncoderDecoder against mmsegmentation's: the same names, values and gradients on the same weights."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from mmseg.structures import SegDataSample
 
 from mmseg_resnest import ResNeSt
 from mmseg_resnest.segmentor import LOSS_METHODS, EncoderDecoder, why_not_fused
+from mmseg_resnest.training_pass import call
 
 CLASSES = 7
 COMMON = dict(num_classes=CLASSES, channels=16, norm_cfg=dict(type='BN'), dropout_ratio=0)
@@ -270,26 +272,35 @@ def test_what_is_borrowed_from_another_object_is_computed():
 
 
 class PassesCallOn(ResNeSt):
-    def forward(self, x, call=None):
+    def forward(self, x, mask=None, *, call=None):
         return super().forward(x, call)
 
 
-@pytest.mark.parametrize(
-    'change',
-    [
-        lambda model: setattr(model.backbone, '__class__', PassesCallOn),
-        lambda model: turn_on_activation_checkpointing(model, ['backbone']),
-    ],
-)
-def test_a_backbone_that_takes_call_runs_part_by_part(change, monkeypatch):
+class Decorated(ResNeSt):
+    @functools.wraps(ResNeSt.forward)
+    def forward(self, x):
+        return super().forward(x)
+
+
+@pytest.mark.parametrize(('kind', 'in_parts'), [(ResNeSt, True), (PassesCallOn, True), (Decorated, False)])
+def test_a_backbone_that_takes_call_runs_part_by_part(kind, in_parts, monkeypatch):
     _, model = make_pair(make_config('fcn', dict(type='CrossEntropyLoss'), None))
-    change(model)
+    model.backbone.__class__ = kind
     called = []
     monkeypatch.setattr('mmseg_resnest.segmentor.call', lambda part, *args: (called.append(part), part(*args))[1])
     model.loss(*make_batch())
     backbone = model.backbone
     blocks = [*backbone.layer1, *backbone.layer2, *backbone.layer3, *backbone.layer4]
-    assert called == [backbone._stem, *blocks, model.decode_head]
+    assert called == [*([backbone._stem, *blocks] if in_parts else [backbone]), model.decode_head]
+
+
+def test_activation_checkpointing_of_the_backbone_trains_it_when_compiled(monkeypatch):
+    _, model = make_pair(make_config('fcn', dict(type='CrossEntropyLoss'), None))
+    turn_on_activation_checkpointing(model, ['backbone'])
+    monkeypatch.setattr('mmseg_resnest.segmentor.call', torch.compile(call, backend='aot_eager'))
+    _, gradients = run(model, make_batch())
+    assert gradients.keys() == dict(model.named_parameters()).keys()
+    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize('entry', ['predict', 'test_step'])

@@ -361,9 +361,14 @@ class Encodes(EncoderDecoder):
 
 
 @pytest.mark.parametrize('type_', [Predicts, Encodes])
-def test_openmmlabs_with_a_segmentor_that_predicts_by_itself(segmentor, type_):
+@pytest.mark.parametrize('of_the_object', [False, True])
+def test_openmmlabs_with_a_segmentor_that_predicts_by_itself(segmentor, type_, of_the_object):
     module = type_(**{k: v for k, v in segmentor_config().items() if k != 'type'}).eval()
     module.load_state_dict(segmentor.state_dict())
+    if of_the_object:
+        other = module
+        module = EncoderDecoder(**{k: v for k, v in segmentor_config().items() if k != 'type'}).eval()
+        module.predict = other.predict
     (sample,) = TTAModel(module).test_step(augmented([(24, 32), (45, 60)]))
     assert sample.seg_logits.data[0].max() == 0
     assert (sample.pred_sem_seg.data > 0).all()

@@ -33,6 +33,7 @@ from mmseg_resnest.benchmark.training import (
     Spec,
     check_backbone,
     check_options,
+    check_smp_head,
     import_smp,
     mmseg_backbone,
     mmseg_config,
@@ -99,16 +100,19 @@ def check(args: argparse.Namespace) -> None:
             raise cli.UsageError(f'--{name} {getattr(args, name)}: expected 1 or more')
     if len({path.stem for path in args.configs}) < len(args.configs):
         raise cli.UsageError(f'{" ".join(map(str, args.configs))}: two configs of one name, by which figures are told')
-    peers = [args.against] if args.against else []
-    if args.task == 'test':
-        peers = peers or list(PEERS)
+    peers = [args.against] if args.against else list(PEERS) if args.task == 'test' else []
     for path in args.configs:
         cfg = cli.read_config(path, args.cfg_options, 'test_dataloader' if args.task == 'test' else 'train_dataloader')
         if args.task == 'learn':
             check_learning(path, cfg, args)
         if args.task in ('train', 'test', 'learn'):
             for peer in peers:
-                check_peer(path, cfg, args.task, peer)
+                try:
+                    check_peer(cfg, args.task, peer)
+                except (ImportError, ValueError) as error:
+                    other = next(name for name in PEERS if name != peer)
+                    way_out = '' if args.against else f'; or give --against {other}'
+                    raise cli.UsageError(f'{path}: {error}{way_out}') from error
     if args.task == 'train' and args.against:
         try:
             check_options(args.cfg_options, args.against)
@@ -132,24 +136,22 @@ def check_learning(path: Path, cfg: Config, args: argparse.Namespace) -> None:
         raise cli.UsageError(f'--data-root {args.data_root}: no such folder')
 
 
-def check_peer(path: Path, cfg: Config, task: str, peer: str) -> None:
+def check_peer(cfg: Config, task: str, peer: str) -> None:
     """Refuses a comparison with a peer that is not there, or has no such model.
 
     Raises:
-        UsageError: It is not, or has not.
+        ImportError: It is not there.
+        ValueError: It has no such model.
     """
-    try:
-        if peer == 'smp':
-            import_smp()
-        elif task == 'train':
-            mmseg_config(cfg)
-        else:
-            mmseg_backbone(cfg.model.backbone)
-        check_backbone(cfg.model.backbone)
-    except ImportError as error:
-        raise cli.UsageError(f'{error}, or give --against mmseg') from error
-    except ValueError as error:
-        raise cli.UsageError(f'{path}: {error}') from error
+    check_backbone(cfg.model.backbone)
+    if peer == 'smp':
+        import_smp()
+        if task == 'test':  # in training ours gets its head
+            check_smp_head(cfg.model)
+    elif task == 'train':
+        mmseg_config(cfg)
+    else:
+        mmseg_backbone(cfg.model.backbone)
 
 
 def benchmark_training(path: Path, args: argparse.Namespace) -> Iterator[tuple[str, dict]]:

@@ -22,6 +22,7 @@ from mmseg.registry import METRICS, MODELS
 from mmseg.structures import SegDataSample
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmseg_resnest.benchmark.alone import fields, hand_over, run_alone
 from mmseg_resnest.benchmark.training import drop_hooks, mmseg_pipeline, smp_model, take_mmseg_model
@@ -181,7 +182,7 @@ def _settled(model: nn.Module, run: Callable[[Tensor], object]) -> nn.Module:
 
     Far from what its statistics are of, as of two images or of noise, a random network makes much of rounding.
     """
-    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
     for norm in norms:
         norm.momentum = 1
     with torch.no_grad():

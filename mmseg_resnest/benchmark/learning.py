@@ -113,7 +113,8 @@ def take_mmsegmentations(cfg: Config) -> None:
     cfg.test_dataloader = cfg.test_cfg = cfg.test_evaluator = None
     optimizer = {key: value for key, value in cfg.optim_wrapper.optimizer.items() if key != 'fused'}
     amp = dict(type='AmpOptimWrapper', loss_scale='dynamic') if torch.cuda.is_available() else dict(type='OptimWrapper')
-    cfg.optim_wrapper = dict(amp, optimizer=optimizer)
+    others = {key: value for key, value in cfg.optim_wrapper.items() if key not in ('type', 'dtype', 'autocast_cpu')}
+    cfg.optim_wrapper = others | dict(amp, optimizer=optimizer)
     drop_hooks(cfg)
     cfg.default_hooks.checkpoint = dict(type='CheckpointHook', by_epoch=False, interval=cfg.train_cfg.max_iters)
     cfg.sync_bn = None

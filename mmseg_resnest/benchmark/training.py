@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mmseg_resnest.benchmark.alone import fields, hand_over
-from mmseg_resnest.resnest import ResNeSt
+from mmseg_resnest.resnest import ARCHITECTURES, ResNeSt, SplitAttentionConv2d
 from mmseg_resnest.training_pass import held_by_graphs
 
 OURS = ('ours', 'ours-eager')
@@ -200,10 +200,11 @@ def training_flop(side: str, cfg: Config) -> float:
 
     cfg = cfg.copy()
     _configure(side, cfg)
-    if issubclass(MODELS.get(cfg.model.backbone.type), ResNeSt):
-        cfg.model.backbone.radix_conv = 'grouped'  # a dense one multiplies zeros too
     with torch.device('meta'):
         model = MODELS.build(cfg.model).eval()
+        for module in model.modules():
+            if isinstance(module, SplitAttentionConv2d):
+                module.execution = 'grouped'  # a dense one multiplies zeros too
         image = torch.empty(1, 3, *cfg.model.data_preprocessor.size)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         features = model.extract_feat(image)
@@ -305,10 +306,10 @@ def mmseg_backbone(ours: dict) -> dict:
     Raises:
         ValueError: mmsegmentation's has no such depth, or ours has other options.
     """
-    depths, depth = MODELS.get('mmseg.ResNeSt').arch_settings, ours['depth']
-    if depth not in depths:
-        raise ValueError(f"mmsegmentation's ResNeSt has no depth {depth}, but {', '.join(map(str, depths))}")
     check_backbone(ours)
+    depths, depth = ARCHITECTURES.keys() & MODELS.get('mmseg.ResNeSt').arch_settings, ours['depth']
+    if depth not in depths:
+        raise ValueError(f"mmsegmentation's ResNeSt has no depth {depth}, but {', '.join(map(str, sorted(depths)))}")
     return dict(
         type='mmseg.ResNeSt', depth=depth, stem_channels=64 if depth == 50 else 128, radix=2, reduction_factor=4,
         avg_down_stride=True, num_stages=4, out_indices=(0, 1, 2, 3), dilations=(1, 1, 2, 4), strides=(1, 2, 1, 1),
@@ -317,11 +318,17 @@ def mmseg_backbone(ours: dict) -> dict:
 
 
 def check_backbone(ours: dict) -> None:
-    """Refuses options of our backbone that a peer's would not get: theirs are plain, at output stride 8.
+    """Refuses another backbone than our ResNeSt, and options that a peer's would not get: plain, at output stride 8.
 
     Raises:
-        ValueError: There is one.
+        ValueError: It is another, or there is one.
     """
+    if ours['type'] not in ('mmseg_resnest.ResNeSt', ResNeSt):
+        raise ValueError(f'model.backbone.type={ours["type"]!r}: expected mmseg_resnest.ResNeSt')
+    if ours.get('depth') not in ARCHITECTURES:
+        raise ValueError(
+            f'model.backbone.depth={ours.get("depth")!r}: expected one of {", ".join(map(str, ARCHITECTURES))}'
+        )
     defaults = {name: parameter.default for name, parameter in signature(ResNeSt).parameters.items()}
     plain = defaults | dict(output_stride=8, norm_cfg=dict(type='BN', requires_grad=True))
     ours = defaults | ours
@@ -343,7 +350,9 @@ def take_mmseg_model(model: dict) -> None:
     """
     model.type = 'mmseg.EncoderDecoder'
     model.backbone = mmseg_backbone(model.backbone)
-    model.decode_head.pop('conv_cfg', None)
+    for heads in (model.decode_head, model.get('auxiliary_head') or []):
+        for head in heads if isinstance(heads, list) else [heads]:
+            head.conv_cfg = None  # the authors' heads here have one by default
     for switch in SWITCHES:
         model.pop(switch, None)
 
@@ -367,7 +376,7 @@ def drop_hooks(cfg: Config) -> None:
         if hook and hook.type.startswith('mmseg_resnest.'):
             cfg.default_hooks.pop(name)
     cfg.custom_hooks = []
-    if cfg.get('log_processor', {}).get('type', '').startswith('mmseg_resnest.'):
+    if 'mmseg_resnest.' in str((cfg.get('log_processor') or {}).get('type')):
         cfg.log_processor.pop('type')
 
 
@@ -383,6 +392,20 @@ def import_smp() -> ModuleType:
         needed = 'segmentation_models.pytorch: pip install segmentation-models-pytorch'
         raise ImportError(f'--against smp needs {needed}') from error
     return smp
+
+
+def check_smp_head(model: dict) -> None:
+    """Refuses what predicts with another head than segmentation_models.pytorch's, or not whole images.
+
+    Raises:
+        ValueError: It does.
+    """
+    kind, mode = model.decode_head.type, model.get('test_cfg', {}).get('mode', 'whole')
+    if kind not in ('ASPPHead', 'mmseg_resnest.AuthorsDeepLabV3Head') or mode != 'whole':
+        raise ValueError(
+            f'model.decode_head.type={kind!r}, model.test_cfg.mode={mode!r}: '
+            "segmentation_models.pytorch's side is DeepLabV3 on whole images"
+        )
 
 
 def smp_model(cfg: Config, channels: int) -> nn.Module:
