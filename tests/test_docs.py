@@ -3,6 +3,7 @@
 import re
 
 import pytest
+import torch
 from mmengine.config import Config, DictAction
 from mmengine.registry import init_default_scope
 from mmseg.models.backbones import ResNeSt as MMSegResNeSt
@@ -13,17 +14,25 @@ from mmseg_resnest import ResNeSt
 from mmseg_resnest.checkpoints import OFFICIAL
 from mmseg_resnest.conv import DilatedConv2d
 from mmseg_resnest.key_maps import ENCODING, TIMM
+from mmseg_resnest.segmentor import why_not_fused
 
 DOCS = ROOT / 'docs'
 
 
-def test_the_two_configs_of_the_page_for_mmsegmentations_users(tmp_path):
-    """One has mmsegmentation's backbone and the other ours, and all else is the same."""
-    before, after = re.findall(r'```python\n(.*?)```', (DOCS / 'from_mmsegmentation.md').read_text(), re.DOTALL)
+def test_the_configs_of_the_page_for_mmsegmentations_users(tmp_path):
+    """One has mmsegmentation's backbone and the other ours, and all else is the same; the third is fast."""
+    texts = re.findall(r'```python\n(.*?)```', (DOCS / 'from_mmsegmentation.md').read_text(), re.DOTALL)
     configs = {}
-    for name, text in dict(before=before, after=after).items():
+    for name, text in zip(('before', 'after', 'fast'), texts, strict=True):
         (tmp_path / f'{name}.py').write_text(text)
         configs[name] = Config.fromfile(tmp_path / f'{name}.py')
+    fast = configs.pop('fast')
+    fast.model.backbone.init_cfg = None
+    segmentor = MODELS.build(fast.model)
+    assert [why_not_fused(head) for head in segmentor._heads().values()] == ['', '']
+    assert not any(isinstance(module, torch.nn.SyncBatchNorm) for module in segmentor.modules())
+    assert (fast.sync_bn, fast.optim_wrapper.type) == ('mmseg_resnest.SyncBN', 'mmseg_resnest.AutocastOptimWrapper')
+    assert fast.optim_wrapper.optimizer == configs['after'].optim_wrapper.optimizer
     backbones = [MODELS.build(config.model.backbone) for config in configs.values()]
     assert [type(backbone) for backbone in backbones] == [MMSegResNeSt, ResNeSt]
     theirs, ours = (sorted((tuple(p.shape) for p in backbone.parameters()), key=str) for backbone in backbones)
@@ -32,6 +41,23 @@ def test_the_two_configs_of_the_page_for_mmsegmentations_users(tmp_path):
     for config in configs.values():
         del config.model['backbone'], config.model['pretrained']
     assert configs['before'].to_dict() == configs['after'].to_dict()
+
+
+@pytest.mark.parametrize('config', ['deeplabv3_resnest101_ade20k', 'pspnet_resnest50_cityscapes'])
+def test_half_the_batch_doubles_all_that_counts_iterations(config):
+    page = (DOCS / 'training_speed.md').read_text()
+    (overrides,) = re.findall(rf'\| `\*_{config.split("_")[2]}` \| `(.*)` \|', page)
+    before, after = (Config.fromfile(ROOT / 'configs' / f'{config}.py') for _ in range(2))
+    for override in overrides.split():
+        key, _, value = override.partition('=')
+        after.merge_from_dict({key: DictAction._parse_int_float_bool(value)})
+    assert after.optim_wrapper.accumulative_counts == 2
+    assert before.train_dataloader.batch_size == 2 * after.train_dataloader.batch_size
+    numbers = [
+        [*cfg.train_cfg.values(), cfg.default_hooks.checkpoint.interval, *(scale.end for scale in cfg.param_scheduler)]
+        for cfg in (before, after)
+    ]
+    assert [2 * n for n in numbers[0] if isinstance(n, int)] == [n for n in numbers[1] if isinstance(n, int)]
 
 
 @pytest.mark.parametrize('page', ['from_mmsegmentation.md', 'model_zoo.md', 'operations.md'])

@@ -7,7 +7,8 @@
   python tools/benchmark.py data configs/deeplabv3_resnest101_cityscapes.py
   python tools/benchmark.py learn configs/pspnet_resnest50_camvid.py --data-root DIR --against mmseg
 
-Each side runs in a fresh process, one after the other, on the same work.
+Each side runs in a fresh process, one after the other, on the same work; of data in turn, file by file.
+On a CPU all sides train in float32.
 train: images/s, peak memory and the kinds of work in whole training steps on a random batch, without
 the data pipeline; the first steps, which compile, take minutes.
 test: milliseconds an image, from images or generated files.
