@@ -39,11 +39,19 @@ def test_the_largest_so_far(peaks, pools, memory, tmp_path, monkeypatch):
 
 @pytest.mark.gpu
 def test_what_graphs_hold_is_counted(tmp_path):
-    torch.cuda.reset_peak_memory_stats()
-    runner = config_runner(tmp_path, write_data_set(tmp_path / 'data'), 'model.compiled=False')
-    runner.train()
+    data = write_data_set(tmp_path / 'data')
+    memory = {}
+    for cuda_graphs in (False, True):
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        work_dir = tmp_path / str(cuda_graphs)
+        runner = config_runner(work_dir, data, f'model.cuda_graphs={cuda_graphs}', 'model.compiled=False')
+        runner.train()
+        memory[cuda_graphs] = memory_of(work_dir)
+    assert min(memory[True]) >= min(memory[False])
+    assert memory[True] == sorted(memory[True])
     held = held_by_graphs().total()  # for as long as there is the runner
     assert held > 0
     # More than the first line's, which has what was allocated for the capture: there is a momentum now.
-    assert memory_of(tmp_path)[-1] + 2 >= (torch.cuda.memory_allocated() + held) // 2**20
+    assert memory[True][-1] + 2 >= (torch.cuda.memory_allocated() + held) // 2**20
     del runner
