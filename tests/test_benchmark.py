@@ -90,8 +90,8 @@ NO_SMP = f'{CAMVID}: --against smp needs segmentation_models.pytorch: pip instal
         ('learn --against mmseg', f"{CAMVID}: mmsegmentation's ResNeSt has no depth 14"),
         ('train --against smp', NO_SMP),
         ('test --against smp', NO_SMP),
-        ('test --cfg-options model.backbone.depth=50', NO_SMP),
-        ('test', f"{CAMVID}: mmsegmentation's ResNeSt has no depth 14, but 50"),
+        ('test --cfg-options model.backbone.depth=50', f'{NO_SMP}; or give --against mmseg'),
+        ('test', f"{CAMVID}: mmsegmentation's ResNeSt has no depth 14, but 50, 101, 200; or give --against smp"),
         (
             'test --against mmseg --cfg-options model.backbone.depth=50 model.backbone.with_cp=True',
             f'{CAMVID}: model.backbone.with_cp=True: the other side would not get it; expected False',

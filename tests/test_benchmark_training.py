@@ -6,23 +6,17 @@ import pytest
 import torch
 from mmengine.config import Config, ConfigDict
 from mmengine.registry import init_default_scope
-from mmseg.models import EncoderDecoder as MMSegEncoderDecoder
-from mmseg.models import ResNeSt as MMSegResNeSt
 from mmseg.registry import MODELS
-from tiny import CAMVID, ROOT
+from tiny import ROOT
 from torch import nn
 
 from mmseg_resnest.benchmark.training import (
     KINDS,
-    PEERS,
     Spec,
     _configure,
     _covered,
-    check_backbone,
-    check_options,
     make_batch,
     measure,
-    mmseg_config,
     training_flop,
 )
 
@@ -89,73 +83,11 @@ def test_smps_side_has_smps_architecture():
     assert (cfg.model.backbone.graph, cfg.model.auxiliary_head) == ('timm', None)
 
 
-def test_mmsegmentations_side_is_its_own_model():
-    """Its config of the same head and data set, in our depth, and with its own optimiser."""
-    cfg = config()
-    theirs = mmseg_config(cfg)
-    model = MODELS.build(theirs.model)
-    assert type(model) is MMSegEncoderDecoder
-    assert type(model.backbone) is MMSegResNeSt
-    assert len(model.backbone.layer3) == 6  # depth 50
-    assert (model.decode_head.num_classes, theirs.model.decode_head.type) == (150, 'ASPPHead')
-    assert theirs.optim_wrapper.optimizer.lr == cfg.optim_wrapper.optimizer.lr
-
-
-@pytest.mark.parametrize(
-    'same',
-    [
-        dict(norm_cfg=dict(type='BN', requires_grad=True)),
-        dict(norm_cfg=dict(type='SyncBN')),
-        dict(norm_cfg=None),
-        dict(norm_eval=False, with_cp=False, frozen_stages=-1, out_indices=[0, 1, 2, 3]),
-        dict(graph='mmseg', radix_conv='grouped', init_cfg=dict(type='Pretrained')),
-    ],
-)
-def test_a_backbone_that_a_peer_has(same):
-    check_backbone(dict(type='mmseg_resnest.ResNeSt', depth=50, output_stride=8) | same)
-
-
-@pytest.mark.parametrize(
-    'other',
-    [
-        dict(output_stride=16),
-        dict(output_stride=32),
-        dict(with_cp=True),
-        dict(norm_cfg=dict(type='BN', requires_grad=False)),
-        dict(norm_cfg=dict(type='GN', num_groups=8)),
-        dict(avd_first=True),
-        dict(strides=(1, 2, 2, 2)),
-        dict(depth=152),
-        dict(type='mmseg.ResNeSt'),
-    ],
-)
-def test_a_backbone_that_no_peer_has(other):
-    with pytest.raises(ValueError, match=rf'model\.backbone\.{next(iter(other))}=.*: (the other|expected)'):
-        check_backbone(dict(type='mmseg_resnest.ResNeSt', depth=50, output_stride=8) | other)
-    with pytest.raises(ValueError, match='output_stride=32'):
-        check_backbone(dict(type='mmseg_resnest.ResNeSt', depth=50))
-
-
-@pytest.mark.parametrize('against', PEERS)
-def test_overrides_of_one_side_are_not_compared(against):
-    common = {'train_dataloader.batch_size': 4, 'model.compiled': False}
-    own = {'mmseg': 'model.decode_head.conv_cfg', 'smp': 'model.decode_head.num_classes'}
-    check_options(common | {own.pop(against): None}, against)
-    (other,) = own.values()
-    with pytest.raises(ValueError, match=f'--cfg-options {other}: not one that --against {against} compares'):
-        check_options({other: None}, against)
-
-
 def test_operations_of_another_backbone():
     cfg = config()
     backbone = dict(type='mmseg.ResNetV1c', depth=50, dilations=(1, 1, 2, 4), strides=(1, 2, 1, 1))
     cfg.model.backbone = ConfigDict(backbone)
     assert 0 < training_flop('ours', cfg) < training_flop('ours', config())
-
-
-def test_a_config_that_mmsegmentation_lacks():
-    with pytest.raises(ValueError, match='mmsegmentation has no ResNeSt config of PSPHead on this data set'):
-        mmseg_config(config(CAMVID))
 
 
 def test_the_batch_is_what_a_loader_gives():

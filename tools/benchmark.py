@@ -29,16 +29,8 @@ from mmengine.config import Config
 from mmseg_resnest import cli
 from mmseg_resnest.benchmark import data, inference, learning, scaling
 from mmseg_resnest.benchmark.alone import run_alone
-from mmseg_resnest.benchmark.training import (
-    PEERS,
-    Spec,
-    check_backbone,
-    check_options,
-    check_smp_head,
-    import_smp,
-    mmseg_backbone,
-    mmseg_config,
-)
+from mmseg_resnest.benchmark.peers import check_options, check_peer
+from mmseg_resnest.benchmark.training import PEERS, Spec
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -101,19 +93,17 @@ def check(args: argparse.Namespace) -> None:
             raise cli.UsageError(f'--{name} {getattr(args, name)}: expected 1 or more')
     if len({path.stem for path in args.configs}) < len(args.configs):
         raise cli.UsageError(f'{" ".join(map(str, args.configs))}: two configs of one name, by which figures are told')
-    peers = [args.against] if args.against else list(PEERS) if args.task == 'test' else []
     for path in args.configs:
         cfg = cli.read_config(path, args.cfg_options, 'test_dataloader' if args.task == 'test' else 'train_dataloader')
         if args.task == 'learn':
             check_learning(path, cfg, args)
-        if args.task in ('train', 'test', 'learn'):
-            for peer in peers:
-                try:
-                    check_peer(cfg, args.task, peer)
-                except (ImportError, ValueError) as error:
-                    other = next(name for name in PEERS if name != peer)
-                    way_out = '' if args.against else f'; or give --against {other}'
-                    raise cli.UsageError(f'{path}: {error}{way_out}') from error
+        for peer in peers_of(args):
+            try:
+                check_peer(cfg, args.task, peer)
+            except (ImportError, ValueError) as error:
+                other = next(name for name in PEERS if name != peer)
+                way_out = '' if args.against else f'; or give --against {other}'
+                raise cli.UsageError(f'{path}: {error}{way_out}') from error
     if args.task == 'train' and args.against:
         try:
             check_options(args.cfg_options, args.against)
@@ -121,6 +111,15 @@ def check(args: argparse.Namespace) -> None:
             raise cli.UsageError(str(error)) from error
     if args.json:
         cli.make_room(args.json)
+
+
+def peers_of(args: argparse.Namespace) -> list[str]:
+    """Returns the peers that a task compares with."""
+    if args.task in ('scale', 'data'):
+        return []
+    if args.against:
+        return [args.against]
+    return list(PEERS) if args.task == 'test' else []
 
 
 def check_learning(path: Path, cfg: Config, args: argparse.Namespace) -> None:
@@ -135,24 +134,6 @@ def check_learning(path: Path, cfg: Config, args: argparse.Namespace) -> None:
         raise cli.UsageError(f'{path}: its schedule counts epochs; expected iterations (train_cfg.max_iters)')
     if args.data_root and not Path(args.data_root).is_dir():
         raise cli.UsageError(f'--data-root {args.data_root}: no such folder')
-
-
-def check_peer(cfg: Config, task: str, peer: str) -> None:
-    """Refuses a comparison with a peer that is not there, or has no such model.
-
-    Raises:
-        ImportError: It is not there.
-        ValueError: It has no such model.
-    """
-    check_backbone(cfg.model.backbone)
-    if peer == 'smp':
-        import_smp()
-        if task == 'test':  # in training ours gets its head
-            check_smp_head(cfg.model)
-    elif task == 'train':
-        mmseg_config(cfg)
-    else:
-        mmseg_backbone(cfg.model.backbone)
 
 
 def benchmark_training(path: Path, args: argparse.Namespace) -> Iterator[tuple[str, dict]]:

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmseg_resnest.benchmark.alone import fields, hand_over, run_alone
-from mmseg_resnest.benchmark.training import drop_hooks, mmseg_pipeline, smp_model, take_mmseg_model
+from mmseg_resnest.benchmark.peers import drop_hooks, mmseg_pipeline, smp_model, take_mmseg_model
 from mmseg_resnest.cli import drop_absent_hooks
 
 # Width and height -> share of a generated set: made up after ADE20K's validation images, mostly of short side 512.

@@ -20,7 +20,7 @@ from mmseg.utils import register_all_modules
 from torch import Tensor
 
 from mmseg_resnest.benchmark.alone import fields, hand_over
-from mmseg_resnest.benchmark.training import SWITCHES, drop_hooks, mmseg_pipeline, take_mmseg_model
+from mmseg_resnest.benchmark.peers import SWITCHES, drop_hooks, mmseg_pipeline, take_mmseg_model
 from mmseg_resnest.checkpoints import guarded_loading
 from mmseg_resnest.cli import drop_absent_hooks
 from mmseg_resnest.datasets import set_data_root
