@@ -147,11 +147,16 @@ class SplitAttentionConv2d(nn.Module):
         return [weight.flatten(1, 2) for weight in attention.unbind(2)]
 
 
-def _conv_norm_relu(x: Tensor, conv: nn.Conv2d, norm: nn.Module, shortcut: Tensor | None = None) -> Tensor:
-    """``relu(norm(conv(x)) + shortcut)``; in one kernel, where there is one, once the norm is folded."""
+def _conv_norm_relu(
+    x: Tensor, conv: nn.Conv2d, norm: nn.Module, shortcut: Tensor | None = None, recompute: bool = False
+) -> Tensor:
+    """``relu(norm(conv(x)) + shortcut)``; in one kernel, where there is one, once the norm is folded.
+
+    With ``recompute`` a compiler does not store ``conv(x)`` for the gradient, but ``x``.
+    """
     if isinstance(norm, nn.Identity):
         return conv_relu(x, conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups, shortcut)
-    out = norm(conv(x))
+    out = norm(checkpoint(conv, x, use_reentrant=False, preserve_rng_state=False) if recompute else conv(x))
     return F.relu(out if shortcut is None else out + shortcut, inplace=True)
 
 
@@ -184,6 +189,7 @@ class Bottleneck(nn.Module):
         shortcut: The shortcut's projection, or None for the identity.
         norm: Makes a normalisation layer for a number of channels.
         with_cp: Whether to recompute the block in the backward pass instead of storing what is inside.
+        recompute_conv3: Whether to recompute the output of the last convolution, where the block is compiled.
     """
 
     expansion = 4
@@ -202,10 +208,12 @@ class Bottleneck(nn.Module):
         shortcut: nn.Module | None,
         norm: Norm,
         with_cp: bool,
+        recompute_conv3: bool,
     ) -> None:
         super().__init__()
         pool = AvgPool2d(3, stride, padding=1) if average else None
         self.with_cp = with_cp
+        self.recompute_conv3 = recompute_conv3
         self.conv1 = nn.Conv2d(in_channels, width, 1, bias=False)
         self.bn1 = norm(width)
         self.avd_first = pool if avd_first else None
@@ -218,7 +226,7 @@ class Bottleneck(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (B, in_channels, H, W) to (B, 4 * planes, H / stride, W / stride)."""
-        if self.with_cp and self.training and torch.is_grad_enabled():
+        if self.with_cp and self._is_training():
             # A compiler recomputes values, and writes no buffer twice.
             contexts = {} if torch.compiler.is_compiling() else dict(context_fn=self._checkpoint_contexts)
             # Nothing in a block is random, and a CUDA graph could not store the generator's state.
@@ -233,7 +241,12 @@ class Bottleneck(nn.Module):
         if self.avd_last is not None:
             out = self.avd_last(out)
         shortcut = x if self.downsample is None else self.downsample(x)
-        return _conv_norm_relu(out, self.conv3, self.bn3, shortcut)
+        # Uncompiled, batch norm would store its input all the same.
+        recompute = self.recompute_conv3 and not self.with_cp and self._is_training() and torch.compiler.is_compiling()
+        return _conv_norm_relu(out, self.conv3, self.bn3, shortcut, recompute)
+
+    def _is_training(self) -> bool:
+        return self.training and torch.is_grad_enabled()
 
     def _conv1_parts(self, x: Tensor) -> Sequence[Tensor]:
         if isinstance(self.bn1, nn.Identity):
@@ -285,6 +298,8 @@ class ResNeSt(BaseModule):
         norm_eval: Whether batch norm keeps its running statistics in training.
         frozen_stages: -1: nothing is frozen; 0: the stem; n: the stem and the first n stages.
         with_cp: Whether to recompute blocks in the backward pass to save memory.
+        recompute_conv3: Whether compiled training recomputes the output of each block's last convolution, which takes
+            little time and is the largest tensor of the block, instead of storing it.
         radix_conv: How the split-attention convolutions are executed, as ``SplitAttentionConv2d`` says. Weights and
             results are the same. None: the fastest on the device.
         init_cfg: MMEngine's initialiser. ``dict(type='Pretrained', checkpoint=...)`` is loaded strictly.
@@ -308,6 +323,7 @@ class ResNeSt(BaseModule):
         norm_eval: bool = False,
         frozen_stages: int = -1,
         with_cp: bool = False,
+        recompute_conv3: bool = True,
         radix_conv: str | None = None,
         init_cfg: dict | list[dict] | None = None,
     ) -> None:
@@ -321,7 +337,8 @@ class ResNeSt(BaseModule):
         _check_choice('graph', graph, GRAPHS)
         _check_choice('radix_conv', radix_conv, (None, *EXECUTIONS))
         _check_choice('frozen_stages', frozen_stages, range(-1, 5))
-        for name, value in dict(with_cp=with_cp, norm_eval=norm_eval, avd_first=avd_first).items():
+        switches = dict(with_cp=with_cp, recompute_conv3=recompute_conv3, norm_eval=norm_eval, avd_first=avd_first)
+        for name, value in switches.items():
             _check_choice(name, value, (False, True))  # 'off' from a command line would switch it on
         for index in out_indices if isinstance(out_indices, Sequence) and out_indices else [out_indices]:
             _check_choice('out_indices', index, range(4))
@@ -342,6 +359,7 @@ class ResNeSt(BaseModule):
             avd_first=avd_first,
             norm=norm,
             with_cp=with_cp,
+            recompute_conv3=recompute_conv3,
         )
         blocks, stem_width = ARCHITECTURES[depth]
         self.conv1 = nn.Sequential(

@@ -99,6 +99,7 @@ def option(text):
         ('model.compiled=False', lambda model: model.compiled),
         ('model.cuda_graphs=False', lambda model: model.cuda_graphs),
         ('model.backbone.radix_conv=grouped', lambda model: model.backbone.layer1[0].conv2.execution is None),
+        ('model.backbone.recompute_conv3=False', lambda model: model.backbone.layer1[0].recompute_conv3),
         ('model.decode_head.conv_cfg=None', lambda model: any(isinstance(m, DilatedConv2d) for m in model.modules())),
     ],
 )

@@ -673,18 +673,26 @@ def test_checkpointing_a_compiled_block():
     block = ResNeSt(14).layer1[0].double().train()
     x = torch.randn(2, 64, 24, 24, dtype=torch.float64)
     states, sizes = [], []
-    for with_cp, compiles in ((False, False), (True, True), (False, True)):
+    for with_cp, recompute_conv3, compiles in (
+        (False, True, False),
+        (False, False, True),
+        (False, True, True),
+        (True, True, True),
+    ):
         copied = copy.deepcopy(block)
-        copied.with_cp = with_cp
+        copied.with_cp, copied.recompute_conv3 = with_cp, recompute_conv3
         # All of torch.compile but what needs a C compiler.
         run = torch.compile(copied, fullgraph=True, backend='aot_eager_decomp_partition') if compiles else copied
         run(x).square().mean().backward()
         states.append(norm_statistics(copied) | {name: p.grad for name, p in copied.named_parameters()})
         sizes.append(stored(run, x))
     for name, value in states[0].items():
-        error = (states[1][name].double() - value.double()).norm()
-        assert error <= 1e-8 * value.double().norm() + 1e-12, name
-    assert sizes[1] < 0.5 * sizes[2]
+        for state in states[1:]:
+            error = (state[name].double() - value.double()).norm()
+            assert error <= 1e-8 * value.double().norm() + 1e-12, name
+    _, everything, without_conv3, inputs = sizes
+    assert everything - without_conv3 == 2 * 256 * 24 * 24
+    assert inputs < 0.5 * without_conv3
 
 
 def test_copies_compute_the_same():

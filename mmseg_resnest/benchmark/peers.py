@@ -14,12 +14,13 @@ from torch import nn
 
 from mmseg_resnest.resnest import ARCHITECTURES, ResNeSt
 
-# How ours runs, which mmsegmentation's segmentor does not know.
+# How ours runs, which mmsegmentation's segmentor and backbone do not know.
 SWITCHES = ('fused_loss', 'channels_last', 'compiled', 'cuda_graphs')
+BACKBONE_SWITCHES = ('radix_conv', 'recompute_conv3')
 # The overrides that both sides of a comparison heed, or that say only how ours runs.
 COMPARABLE = (
     'train_dataloader.batch_size', 'model.data_preprocessor.size', 'model.backbone.depth', 'model.backbone.init_cfg',
-    'model.backbone.radix_conv', *(f'model.{switch}' for switch in SWITCHES),
+    *(f'model.backbone.{switch}' for switch in BACKBONE_SWITCHES), *(f'model.{switch}' for switch in SWITCHES),
 )  # fmt: skip
 COMPARABLE_WITH = dict(
     mmseg=(*COMPARABLE, 'model.backbone.graph', 'model.decode_head.conv_cfg'),
@@ -133,7 +134,7 @@ def check_backbone(ours: dict) -> None:
         ours['norm_cfg']['type'] = 'BN'
     for key, value in ours.items():
         found = tuple(value) if isinstance(value, list) else value
-        if key not in ('type', 'depth', 'init_cfg', 'graph', 'radix_conv') and found != plain.get(key):
+        if key not in ('type', 'depth', 'init_cfg', 'graph', *BACKBONE_SWITCHES) and found != plain.get(key):
             wanted = f'; expected {plain[key]!r}' if key in plain else ''
             raise ValueError(f'model.backbone.{key}={value!r}: the other side would not get it{wanted}')
 

@@ -4,7 +4,7 @@
     python tools/test.py configs/deeplabv3_resnest101_cityscapes.py CHECKPOINT [--tta]
 
 The batch size is a process's: on N GPUs give train_dataloader.batch_size=8/N with --cfg-options.
-GPU hours: 2.6 on one H200, at 69 images/s and 16 GiB (tools/benchmark.py, random data).
+GPU hours: 2.5 on one H200, at 70 images/s and 13 GiB (tools/benchmark.py, random data).
 Published: mIoU 79.67, with multi-scale and flip 80.51 (mmsegmentation's model zoo, S-101-D8: the same
 recipe on its own graph of ResNeSt, ``graph='mmseg'``). Not reproduced here yet.
 

@@ -4,7 +4,7 @@
     python tools/test.py configs/pspnet_resnest101_ade20k.py CHECKPOINT [--tta]
 
 The batch size is a process's: on N GPUs give train_dataloader.batch_size=16/N with --cfg-options.
-GPU hours: 5.5 on one H200, at 130 images/s and 16 GiB (tools/benchmark.py, random data).
+GPU hours: 5.3 on one H200, at 135 images/s and 12 GiB (tools/benchmark.py, random data).
 Published: mIoU 45.44, with multi-scale and flip 46.28 (mmsegmentation's model zoo, S-101-D8: the same
 recipe on its own graph of ResNeSt, ``graph='mmseg'``). Not reproduced here yet.
 
