@@ -37,13 +37,13 @@ train_pipeline = [
     dict(type='mmseg_resnest.RandomCrop', crop_size=(360, 480), cat_max_ratio=0.75),
     dict(type='RandomFlip', prob=0.5),
     dict(type='mmseg_resnest.PhotoMetricDistortion'),
-    dict(type='PackSegInputs'),
+    dict(type='mmseg_resnest.PackByteLabels'),
 ]
 test_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='Resize', scale=(480, 360), keep_ratio=True),
     dict(type='LoadAnnotations'),
-    dict(type='mmseg_resnest.PackEvalInputs'),
+    dict(type='mmseg_resnest.PackByteLabels'),
 ]
 train_dataloader = dict(
     batch_size=16,

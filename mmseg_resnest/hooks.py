@@ -20,6 +20,7 @@ from mmengine.hooks import RuntimeInfoHook as _RuntimeInfoHook
 from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
 from mmseg.models.decode_heads.decode_head import BaseDecodeHead
+from mmseg.models.segmentors import EncoderDecoder as _EncoderDecoder
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import nn
@@ -29,8 +30,9 @@ from mmseg_resnest.checkpoints import model_weights, read_checkpoint
 from mmseg_resnest.norm import SyncBatchNorm
 from mmseg_resnest.optim import AutocastOptimWrapper, StepCheck
 from mmseg_resnest.registry import HOOKS
+from mmseg_resnest.segmentor import EncoderDecoder
 from mmseg_resnest.steps import files_of, random_state, save_step
-from mmseg_resnest.transforms import CheckedCompose, expected_labels
+from mmseg_resnest.transforms import CheckedCompose, PackByteLabels, expected_labels
 
 
 @HOOKS.register_module()
@@ -101,12 +103,14 @@ class SampleCheckHook(Hook):
         """Checks training samples; heads say which label is ignored.
 
         Raises:
-            ValueError: Label maps are padded with a number that a head takes for no class and does not ignore.
+            ValueError: Label maps are padded with a number that a head takes for no class and does not ignore, or are
+                uint8 where the model or the padding needs int64.
         """
         self._start = runner.iter
         named = _unwrapped(runner.model).named_modules()
         heads = {name: module for name, module in named if isinstance(module, BaseDecodeHead)}
         _check_padding(runner, heads)
+        _check_label_dtype(runner)
         heads = list(heads.values())
         if self.skips:
             _check_samples(runner.train_dataloader.dataset, heads, skipped=self._file(runner))
@@ -190,6 +194,22 @@ def _check_padding(runner: Runner, heads: Mapping[str, BaseDecodeHead]) -> None:
                     f'{key} is {value}, but model.{name} has ignore_index={head.ignore_index} and the classes '
                     f'{expected_labels(_labels_of(head), None)}: padding would be neither. Set both to the same number'
                 )
+
+
+def _check_label_dtype(runner: Runner) -> None:
+    """Raises a ValueError where PackByteLabels leaves uint8 what mmsegmentation's losses or a padding cannot have."""
+    model = _unwrapped(runner.model)
+    padding = getattr(model.data_preprocessor, 'seg_pad_val', None)
+    reason = ''
+    if isinstance(model, _EncoderDecoder) and not isinstance(model, EncoderDecoder):
+        reason = f"{type(model).__name__}'s losses need int64; model.type='mmseg_resnest.EncoderDecoder' takes both"
+    elif isinstance(padding, int) and not 0 <= padding <= 255:
+        reason = f'model.data_preprocessor.seg_pad_val={padding} is no uint8'
+    if reason and any(isinstance(part, PackByteLabels) for part in _transforms(runner.train_dataloader.dataset)):
+        raise ValueError(
+            f'train_dataloader.dataset.pipeline: mmseg_resnest.PackByteLabels packs label maps as uint8, but {reason}. '
+            "Or pack with mmsegmentation's dict(type='PackSegInputs')"
+        )
 
 
 def _transforms(owner: Any) -> Iterator[Any]:

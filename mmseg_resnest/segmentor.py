@@ -110,10 +110,12 @@ class EncoderDecoder(_EncoderDecoder):
         """
         self._choose_paths()
         if 'model' in self._reasons:
-            return super().loss(inputs, data_samples)
+            return super().loss(inputs, _with_int64_labels(data_samples))
         outputs = self._run_network(inputs)
         logits = dict(zip(self._fused, outputs, strict=False))
         features = outputs[len(self._fused) :]
+        if features:
+            data_samples = _with_int64_labels(data_samples)
         losses = {}
         for name, head in self._heads().items():
             if name in logits:
@@ -222,6 +224,13 @@ class EncoderDecoder(_EncoderDecoder):
         return slide(
             self.low_resolution_logits, inputs, crop_size, stride, self.out_channels, align_corners=self.align_corners
         )
+
+
+def _with_int64_labels(samples: SampleList) -> SampleList:
+    """Returns samples whose label maps are int64, as torch's losses take them, where PackByteLabels left them uint8."""
+    for sample in samples:
+        sample.gt_sem_seg.data = sample.gt_sem_seg.data.long()
+    return samples
 
 
 def keeps(part: nn.Module, owner: type, *methods: str) -> bool:

@@ -11,7 +11,7 @@ from mmcv.transforms import TestTimeAug as _TestTimeAug
 from mmcv.transforms.utils import cache_randomness
 from mmengine.dataset import Compose
 from mmengine.structures import PixelData
-from mmseg.datasets.transforms import PackSegInputs as _PackSegInputs
+from mmseg.datasets.transforms import PackSegInputs
 from mmseg.datasets.transforms import PhotoMetricDistortion as _PhotoMetricDistortion
 from mmseg.datasets.transforms import RandomCrop as _RandomCrop
 from mmseg.structures import SegDataSample
@@ -79,10 +79,12 @@ class PhotoMetricDistortion(_PhotoMetricDistortion):
 
 
 @TRANSFORMS.register_module()
-class PackEvalInputs(_PackSegInputs):
-    """mmsegmentation's PackSegInputs for evaluation: a label map (H, W) stays uint8, an eighth of the bytes to move.
+class PackByteLabels(PackSegInputs):
+    """mmsegmentation's PackSegInputs, where a label map (H, W) stays uint8: an eighth of the bytes to move.
 
-    mmsegmentation makes it int64, which losses need. The image is the same, taken apart into channels by OpenCV.
+    mmsegmentation makes it int64, which torch's losses need: this project's EncoderDecoder does so on the GPU, where a
+    loss is not fused; another segmentor trains with mmsegmentation's own. The image is the same, taken apart into
+    channels by OpenCV.
     """
 
     def transform(self, results: dict) -> dict:

@@ -21,7 +21,6 @@ from mmseg.datasets import (
     ADE20KDataset,
     BaseSegDataset,
     CityscapesDataset,
-    PackSegInputs,
     PascalContextDataset59,
 )
 from mmseg.models import (
@@ -46,7 +45,7 @@ from mmseg_resnest.metrics import IoUMetric
 from mmseg_resnest.optim import AutocastOptimWrapper
 from mmseg_resnest.prepare import PASCAL_CONTEXT_IDS
 from mmseg_resnest.segmentor import EncoderDecoder
-from mmseg_resnest.transforms import PhotoMetricDistortion
+from mmseg_resnest.transforms import PackByteLabels, PhotoMetricDistortion
 from mmseg_resnest.tta import TTAModel
 
 ROOT = Path(__file__).parents[1]
@@ -177,7 +176,7 @@ def main_classes(leaf: str) -> dict[str, type]:
         'val_dataloader.dataset': data_set,
         'test_dataloader.dataset': data_set,
         'train_dataloader.dataset.pipeline.6' if authors else 'train_dataloader.dataset.pipeline.5': (
-            PackSegInputs if authors else PhotoMetricDistortion
+            PackByteLabels if authors else PhotoMetricDistortion
         ),
         'train_dataloader.sampler': DefaultSampler if authors else InfiniteSampler,
         'test_dataloader.sampler': DefaultSampler,

@@ -410,6 +410,35 @@ def test_padding_that_is_no_class_and_not_ignored_is_refused(extra, key, data, t
         config_runner(tmp_path / 'w', data, *options, edit=edit).train()
 
 
+@pytest.mark.parametrize(
+    ('options', 'reason'),
+    [
+        (['type=mmseg.EncoderDecoder'], "EncoderDecoder's losses need int64; model.type='mmseg_resnest.E"),
+        (
+            [f'{part}=-100' for part in ('data_preprocessor.seg_pad_val', 'decode_head.ignore_index')],
+            r'model\.data_preprocessor\.seg_pad_val=-100 is no uint8',
+        ),
+    ],
+)
+def test_labels_of_one_byte_are_refused_where_they_do_not_do(options, reason, data, tmp_path):
+    def edit(cfg):
+        cfg.model.pop('auxiliary_head')
+
+    message = rf"^train_dataloader\.dataset\.pipeline: mmseg_resnest\.PackByteLabels .* but {reason}.*'PackSegInputs'"
+    with pytest.raises(ValueError, match=message):
+        config_runner(tmp_path / 'w', data, *(f'model.{option}' for option in options), edit=edit).train()
+
+
+def test_mmsegmentations_segmentor_trains_with_its_own_packing(data, tmp_path):
+    def edit(cfg):
+        cfg.train_dataloader.dataset.pipeline[-1] = dict(type='PackSegInputs')
+        for switch in ('fused_loss', 'channels_last', 'compiled', 'cuda_graphs'):
+            cfg.model.pop(switch, None)
+
+    config_runner(tmp_path / 'w', data, 'model.type=mmseg.EncoderDecoder', edit=edit).train()
+    assert 'Iter(train) [4/4]' in log_of(tmp_path / 'w')
+
+
 def test_heads_say_how_many_classes_there_are_where_the_data_set_does_not(data, tmp_path):
     def nine(cfg):
         del cfg.train_dataloader.dataset['metainfo']

@@ -69,7 +69,7 @@ OURS = {
     'DATA_SAMPLERS': [sampler.EqualSizeBatchSampler],
     'TRANSFORMS': [
         transforms.ImageTestTimeAug,
-        transforms.PackEvalInputs,
+        transforms.PackByteLabels,
         transforms.PhotoMetricDistortion,
         transforms.RandomCrop,
     ],
@@ -287,7 +287,7 @@ def test_training_from_a_downstream_text_config(tmp_path):
     dataset = runner.train_dataloader.dataset
     assert type(dataset) is mmseg.datasets.BaseSegDataset
     assert [type(transform).__module__.split('.')[0] for transform in dataset.pipeline.transforms] == [
-        'mmcv', 'mmseg', 'mmcv', 'mmseg_resnest', 'mmseg', 'mmseg_resnest', 'mmseg'
+        'mmcv', 'mmseg', 'mmcv', 'mmseg_resnest', 'mmseg', 'mmseg_resnest', 'mmseg_resnest'
     ]  # fmt: skip
     assert type(dataset.pipeline.transforms[2].resize) is mmseg.registry.TRANSFORMS.get('Resize')
     assert dataset[0]['data_samples'].gt_sem_seg.data.unique().tolist() == [0, 1]

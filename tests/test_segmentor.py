@@ -62,13 +62,13 @@ def make_pair(config):
     return theirs, ours
 
 
-def make_batch():
+def make_batch(label_dtype=torch.int64):
     generator = torch.Generator().manual_seed(1)
     samples = []
     for share in (0.1, 0.6):  # unevenly ignored
         labels = torch.randint(0, CLASSES, (1, 64, 96), generator=generator)
         labels[torch.rand(labels.shape, generator=generator) < share] = 255
-        samples.append(SegDataSample(gt_sem_seg=PixelData(data=labels)))
+        samples.append(SegDataSample(gt_sem_seg=PixelData(data=labels.to(label_dtype))))
     return torch.randn(2, 3, 64, 96, generator=generator), samples
 
 
@@ -80,8 +80,9 @@ def run(model, batch):
 
 
 def assert_same(config):
+    """Ours gets labels as our loaders give them."""
     theirs, ours = make_pair(config)
-    (losses, gradients), (found, found_gradients) = run(theirs, make_batch()), run(ours, make_batch())
+    (losses, gradients), (found, found_gradients) = run(theirs, make_batch()), run(ours, make_batch(torch.uint8))
     assert found.keys() == losses.keys()
     for name, value in losses.items():
         assert torch.allclose(found[name], value, rtol=1e-4, atol=1e-6), name
@@ -203,7 +204,7 @@ def test_a_subclass_that_changes_a_step_takes_the_path_of_mmsegmentation(step, c
     for module in (*theirs.modules(), *ours.modules()):
         if isinstance(module, torch.nn.Dropout2d):
             module.p = 0
-    (losses, _), (found, _) = run(theirs, make_batch()), run(ours, make_batch())
+    (losses, _), (found, _) = run(theirs, make_batch()), run(ours, make_batch(torch.uint8))
     assert calls == [step]
     assert {name: float(value) for name, value in found.items()} == {n: float(v) for n, v in losses.items()}
     assert f"model: Changed, loss mmsegmentation's own: Changed has a {step} of its own" in caplog.text
@@ -243,7 +244,7 @@ def test_what_is_replaced_in_an_object_is_computed(change):
     ours.zero_grad()
     change(theirs)
     change(ours)
-    (losses, gradients), (found, found_gradients) = run(theirs, make_batch()), run(ours, make_batch())
+    (losses, gradients), (found, found_gradients) = run(theirs, make_batch()), run(ours, make_batch(torch.uint8))
     assert {name: float(value) for name, value in found.items()} == {n: float(v) for n, v in losses.items()}
     assert {n: float(v) for n, v in found.items()} != {n: float(v) for n, v in plain.items()}
     for name, gradient in gradients.items():
@@ -337,7 +338,7 @@ def test_a_cascade_takes_the_path_of_mmsegmentation():
     backbone = dict(type='mmseg_resnest.ResNeSt', depth=14, output_stride=8, norm_cfg=dict(type='BN'))
     Cascade = type('Cascade', (CascadeEncoderDecoder, EncoderDecoder), {})
     model = Cascade(num_stages=2, backbone=backbone, decode_head=[head, second], test_cfg=ConfigDict(mode='whole'))
-    losses, gradients = run(model.train(), make_batch())
+    losses, gradients = run(model.train(), make_batch(torch.uint8))
     assert {'decode_0.loss_ce', 'decode_1.loss_ce'} <= losses.keys()
     assert len(gradients) == sum(1 for _ in model.parameters())
     with torch.no_grad():

@@ -312,7 +312,7 @@ def test_goes_to_another_process(data):
 
 @pytest.mark.parametrize('kind', [np.uint8, np.uint16])
 @pytest.mark.parametrize('channels', [3, 1, 200, None])
-def test_pack_eval_inputs_packs_what_mmsegmentations_does(kind, channels):
+def test_pack_byte_labels_packs_what_mmsegmentations_does(kind, channels):
     """Also mirrored views, as RandomFlip makes them; a label map of uint8 keeps its dtype."""
     random = np.random.default_rng(0)
     shape = (20, 31) if channels is None else (20, 31, channels)
@@ -320,7 +320,7 @@ def test_pack_eval_inputs_packs_what_mmsegmentations_does(kind, channels):
     results['gt_seg_map'] = random.integers(0, 200, (20, 31)).astype(kind)[:, ::-1]
     kept = dict(results)
     found, expected = (
-        TRANSFORMS.build(dict(type=t))(results) for t in ('mmseg_resnest.PackEvalInputs', 'PackSegInputs')
+        TRANSFORMS.build(dict(type=t))(results) for t in ('mmseg_resnest.PackByteLabels', 'PackSegInputs')
     )
     assert torch.equal(found['inputs'], expected['inputs'])
     assert found['inputs'].is_contiguous()
@@ -329,7 +329,7 @@ def test_pack_eval_inputs_packs_what_mmsegmentations_does(kind, channels):
     assert torch.equal(ours.gt_sem_seg.data.long(), theirs.gt_sem_seg.data)
     assert ours.metainfo == theirs.metainfo
     assert all(results[key] is value for key, value in kept.items())
-    without = TRANSFORMS.build(dict(type='mmseg_resnest.PackEvalInputs'))(dict(img=results['img']))
+    without = TRANSFORMS.build(dict(type='mmseg_resnest.PackByteLabels'))(dict(img=results['img']))
     assert 'gt_sem_seg' not in without['data_samples']
 
 
@@ -342,7 +342,7 @@ def test_test_time_augmentation_makes_mmsegmentations_images(tmp_path):
     ]
     load = dict(type='LoadAnnotations')
     theirs = [*choices, [load], [dict(type='PackSegInputs')]]
-    ours = [*choices, [dict(type='mmseg_resnest.PackEvalInputs')]]
+    ours = [*choices, [dict(type='mmseg_resnest.PackByteLabels')]]
     samples = []
     for steps in (
         [dict(type='TestTimeAug', transforms=theirs)],

@@ -8,13 +8,13 @@ train_pipeline = [
     dict(type='mmseg_resnest.RandomCrop', crop_size=(512, 1024), cat_max_ratio=0.75),
     dict(type='RandomFlip', prob=0.5),
     dict(type='mmseg_resnest.PhotoMetricDistortion'),
-    dict(type='PackSegInputs'),
+    dict(type='mmseg_resnest.PackByteLabels'),
 ]
 test_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='Resize', scale=(2048, 1024), keep_ratio=True),
     dict(type='LoadAnnotations'),  # after Resize: labels keep the original size
-    dict(type='mmseg_resnest.PackEvalInputs'),
+    dict(type='mmseg_resnest.PackByteLabels'),
 ]
 tta_pipeline = [
     dict(type='LoadImageFromFile'),
@@ -24,7 +24,7 @@ tta_pipeline = [
         transforms=[
             [dict(type='Resize', scale_factor=r, keep_ratio=True) for r in (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)],
             [dict(type='RandomFlip', prob=p, direction='horizontal') for p in (0.0, 1.0)],
-            [dict(type='mmseg_resnest.PackEvalInputs')],
+            [dict(type='mmseg_resnest.PackByteLabels')],
         ],
     ),
 ]

@@ -13,13 +13,13 @@ train_pipeline = [
     dict(type='RandomResize', scale=(520, 520), ratio_range=(0.5, 2.0), keep_ratio=True),
     dict(type='Pad', size=(480, 480), pad_val=dict(img=0, seg=255)),
     dict(type='mmseg_resnest.RandomCrop', crop_size=(480, 480)),
-    dict(type='PackSegInputs'),
+    dict(type='mmseg_resnest.PackByteLabels'),
 ]
 test_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='Resize', scale=(520, 520), keep_ratio=True),
     dict(type='LoadAnnotations'),  # after Resize: labels keep the original size
-    dict(type='mmseg_resnest.PackEvalInputs'),
+    dict(type='mmseg_resnest.PackByteLabels'),
 ]
 train_dataloader = dict(
     batch_size=16,

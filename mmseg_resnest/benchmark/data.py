@@ -16,6 +16,7 @@ from mmengine.config import Config
 from mmseg.registry import TRANSFORMS
 
 from mmseg_resnest.benchmark.inference import ADE_SIZES, write_data_set
+from mmseg_resnest.benchmark.peers import mmseg_pipeline
 
 SIDES = ('ours', 'mmseg')
 
@@ -43,7 +44,7 @@ def measure(config: str | Path, images: int = 40, options: dict | None = None) -
     pipeline = cfg.train_dataloader.dataset.pipeline
     sides = {
         'ours': [TRANSFORMS.build(transform) for transform in pipeline],
-        'mmseg': [TRANSFORMS.build(dict(t, type=t.type.removeprefix('mmseg_resnest.'))) for t in pipeline],
+        'mmseg': [TRANSFORMS.build(transform) for transform in mmseg_pipeline(pipeline)],
     }
     seconds = {side: defaultdict(list) for side in sides}
     with tempfile.TemporaryDirectory() as folder:
@@ -79,7 +80,7 @@ def _run(transforms: list, sample: dict, seconds: dict[str, list[float]]) -> dic
 
 
 def _check_equal(ours: dict, theirs: dict, path: str) -> None:
-    labels = [made['data_samples'].gt_sem_seg.data for made in (ours, theirs)]
+    labels = [made['data_samples'].gt_sem_seg.data.long() for made in (ours, theirs)]
     if not (torch.equal(ours['inputs'], theirs['inputs']) and torch.equal(*labels)):
         raise ValueError(f'{path}: the two pipelines make different samples of it; their times do not compare')
 

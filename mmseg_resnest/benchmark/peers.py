@@ -158,7 +158,7 @@ def mmseg_pipeline(pipeline: list[dict]) -> list[dict]:
     """Returns a pipeline of mmsegmentation's own transforms; for test-time augmentation they load each label anew."""
     steps = [dict(step, type=step['type'].removeprefix('mmseg_resnest.')) for step in pipeline]
     for step in steps:
-        if step['type'] == 'PackEvalInputs':
+        if step['type'] == 'PackByteLabels':
             step['type'] = 'PackSegInputs'
         elif step['type'] == 'ImageTestTimeAug':
             steps = [other for other in steps if other['type'] != 'LoadAnnotations']

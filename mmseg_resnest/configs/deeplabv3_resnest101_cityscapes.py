@@ -145,7 +145,7 @@ test_dataloader = dict(
                 1024,
             ), type='Resize'),
             dict(type='LoadAnnotations'),
-            dict(type='mmseg_resnest.PackEvalInputs'),
+            dict(type='mmseg_resnest.PackByteLabels'),
         ],
         type='CityscapesDataset'),
     num_workers=8,
@@ -162,7 +162,7 @@ test_pipeline = [
         1024,
     ), type='Resize'),
     dict(type='LoadAnnotations'),
-    dict(type='mmseg_resnest.PackEvalInputs'),
+    dict(type='mmseg_resnest.PackByteLabels'),
 ]
 train_cfg = dict(max_iters=80000, type='IterBasedTrainLoop', val_interval=8000)
 train_dataloader = dict(
@@ -194,7 +194,7 @@ train_dataloader = dict(
                 type='mmseg_resnest.RandomCrop'),
             dict(prob=0.5, type='RandomFlip'),
             dict(type='mmseg_resnest.PhotoMetricDistortion'),
-            dict(type='PackSegInputs'),
+            dict(type='mmseg_resnest.PackByteLabels'),
         ],
         type='CityscapesDataset'),
     num_workers=8,
@@ -223,7 +223,7 @@ train_pipeline = [
         type='mmseg_resnest.RandomCrop'),
     dict(prob=0.5, type='RandomFlip'),
     dict(type='mmseg_resnest.PhotoMetricDistortion'),
-    dict(type='PackSegInputs'),
+    dict(type='mmseg_resnest.PackByteLabels'),
 ]
 tta_model = dict(type='mmseg_resnest.TTAModel')
 tta_pipeline = [
@@ -244,7 +244,7 @@ tta_pipeline = [
                 dict(direction='horizontal', prob=1.0, type='RandomFlip'),
             ],
             [
-                dict(type='mmseg_resnest.PackEvalInputs'),
+                dict(type='mmseg_resnest.PackByteLabels'),
             ],
         ],
         type='mmseg_resnest.ImageTestTimeAug'),
@@ -264,7 +264,7 @@ val_dataloader = dict(
                 1024,
             ), type='Resize'),
             dict(type='LoadAnnotations'),
-            dict(type='mmseg_resnest.PackEvalInputs'),
+            dict(type='mmseg_resnest.PackByteLabels'),
         ],
         type='CityscapesDataset'),
     num_workers=8,

@@ -141,7 +141,7 @@ test_dataloader = dict(
                 520,
             ), type='Resize'),
             dict(type='LoadAnnotations'),
-            dict(type='mmseg_resnest.PackEvalInputs'),
+            dict(type='mmseg_resnest.PackByteLabels'),
         ],
         reduce_zero_label=True,
         type='ADE20KDataset'),
@@ -159,7 +159,7 @@ test_pipeline = [
         520,
     ), type='Resize'),
     dict(type='LoadAnnotations'),
-    dict(type='mmseg_resnest.PackEvalInputs'),
+    dict(type='mmseg_resnest.PackByteLabels'),
 ]
 train_cfg = dict(max_epochs=180, type='EpochBasedTrainLoop', val_interval=10)
 train_dataloader = dict(
@@ -191,7 +191,7 @@ train_dataloader = dict(
                 480,
                 480,
             ), type='mmseg_resnest.RandomCrop'),
-            dict(type='PackSegInputs'),
+            dict(type='mmseg_resnest.PackByteLabels'),
         ],
         reduce_zero_label=True,
         type='ADE20KDataset'),
@@ -222,7 +222,7 @@ train_pipeline = [
         480,
         480,
     ), type='mmseg_resnest.RandomCrop'),
-    dict(type='PackSegInputs'),
+    dict(type='mmseg_resnest.PackByteLabels'),
 ]
 tta_model = dict(type='mmseg_resnest.TTAModel')
 val_cfg = dict(type='ValLoop')
@@ -241,7 +241,7 @@ val_dataloader = dict(
                 520,
             ), type='Resize'),
             dict(type='LoadAnnotations'),
-            dict(type='mmseg_resnest.PackEvalInputs'),
+            dict(type='mmseg_resnest.PackByteLabels'),
         ],
         reduce_zero_label=True,
         type='ADE20KDataset'),

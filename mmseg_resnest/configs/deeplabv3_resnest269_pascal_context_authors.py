@@ -142,7 +142,7 @@ test_dataloader = dict(
                 520,
             ), type='Resize'),
             dict(type='LoadAnnotations'),
-            dict(type='mmseg_resnest.PackEvalInputs'),
+            dict(type='mmseg_resnest.PackByteLabels'),
         ],
         reduce_zero_label=True,
         type='PascalContextDataset59'),
@@ -160,7 +160,7 @@ test_pipeline = [
         520,
     ), type='Resize'),
     dict(type='LoadAnnotations'),
-    dict(type='mmseg_resnest.PackEvalInputs'),
+    dict(type='mmseg_resnest.PackByteLabels'),
 ]
 train_cfg = dict(max_epochs=80, type='EpochBasedTrainLoop', val_interval=10)
 train_dataloader = dict(
@@ -193,7 +193,7 @@ train_dataloader = dict(
                 480,
                 480,
             ), type='mmseg_resnest.RandomCrop'),
-            dict(type='PackSegInputs'),
+            dict(type='mmseg_resnest.PackByteLabels'),
         ],
         reduce_zero_label=True,
         type='PascalContextDataset59'),
@@ -224,7 +224,7 @@ train_pipeline = [
         480,
         480,
     ), type='mmseg_resnest.RandomCrop'),
-    dict(type='PackSegInputs'),
+    dict(type='mmseg_resnest.PackByteLabels'),
 ]
 tta_model = dict(type='mmseg_resnest.TTAModel')
 val_cfg = dict(type='ValLoop')
@@ -243,7 +243,7 @@ val_dataloader = dict(
                 520,
             ), type='Resize'),
             dict(type='LoadAnnotations'),
-            dict(type='mmseg_resnest.PackEvalInputs'),
+            dict(type='mmseg_resnest.PackByteLabels'),
         ],
         reduce_zero_label=True,
         type='PascalContextDataset59'),

@@ -134,7 +134,7 @@ test_dataloader = dict(
                 512,
             ), type='Resize'),
             dict(type='LoadAnnotations'),
-            dict(type='mmseg_resnest.PackEvalInputs'),
+            dict(type='mmseg_resnest.PackByteLabels'),
         ],
         reduce_zero_label=True,
         type='ADE20KDataset'),
@@ -152,7 +152,7 @@ test_pipeline = [
         512,
     ), type='Resize'),
     dict(type='LoadAnnotations'),
-    dict(type='mmseg_resnest.PackEvalInputs'),
+    dict(type='mmseg_resnest.PackByteLabels'),
 ]
 train_cfg = dict(
     max_iters=160000, type='IterBasedTrainLoop', val_interval=16000)
@@ -185,7 +185,7 @@ train_dataloader = dict(
                 type='mmseg_resnest.RandomCrop'),
             dict(prob=0.5, type='RandomFlip'),
             dict(type='mmseg_resnest.PhotoMetricDistortion'),
-            dict(type='PackSegInputs'),
+            dict(type='mmseg_resnest.PackByteLabels'),
         ],
         reduce_zero_label=True,
         type='ADE20KDataset'),
@@ -215,7 +215,7 @@ train_pipeline = [
         type='mmseg_resnest.RandomCrop'),
     dict(prob=0.5, type='RandomFlip'),
     dict(type='mmseg_resnest.PhotoMetricDistortion'),
-    dict(type='PackSegInputs'),
+    dict(type='mmseg_resnest.PackByteLabels'),
 ]
 tta_model = dict(type='mmseg_resnest.TTAModel')
 tta_pipeline = [
@@ -236,7 +236,7 @@ tta_pipeline = [
                 dict(direction='horizontal', prob=1.0, type='RandomFlip'),
             ],
             [
-                dict(type='mmseg_resnest.PackEvalInputs'),
+                dict(type='mmseg_resnest.PackByteLabels'),
             ],
         ],
         type='mmseg_resnest.ImageTestTimeAug'),
@@ -257,7 +257,7 @@ val_dataloader = dict(
                 512,
             ), type='Resize'),
             dict(type='LoadAnnotations'),
-            dict(type='mmseg_resnest.PackEvalInputs'),
+            dict(type='mmseg_resnest.PackByteLabels'),
         ],
         reduce_zero_label=True,
         type='ADE20KDataset'),

@@ -140,7 +140,7 @@ test_dataloader = dict(
                 1024,
             ), type='Resize'),
             dict(type='LoadAnnotations'),
-            dict(type='mmseg_resnest.PackEvalInputs'),
+            dict(type='mmseg_resnest.PackByteLabels'),
         ],
         type='CityscapesDataset'),
     num_workers=8,
@@ -157,7 +157,7 @@ test_pipeline = [
         1024,
     ), type='Resize'),
     dict(type='LoadAnnotations'),
-    dict(type='mmseg_resnest.PackEvalInputs'),
+    dict(type='mmseg_resnest.PackByteLabels'),
 ]
 train_cfg = dict(max_iters=80000, type='IterBasedTrainLoop', val_interval=8000)
 train_dataloader = dict(
@@ -189,7 +189,7 @@ train_dataloader = dict(
                 type='mmseg_resnest.RandomCrop'),
             dict(prob=0.5, type='RandomFlip'),
             dict(type='mmseg_resnest.PhotoMetricDistortion'),
-            dict(type='PackSegInputs'),
+            dict(type='mmseg_resnest.PackByteLabels'),
         ],
         type='CityscapesDataset'),
     num_workers=8,
@@ -218,7 +218,7 @@ train_pipeline = [
         type='mmseg_resnest.RandomCrop'),
     dict(prob=0.5, type='RandomFlip'),
     dict(type='mmseg_resnest.PhotoMetricDistortion'),
-    dict(type='PackSegInputs'),
+    dict(type='mmseg_resnest.PackByteLabels'),
 ]
 tta_model = dict(type='mmseg_resnest.TTAModel')
 tta_pipeline = [
@@ -239,7 +239,7 @@ tta_pipeline = [
                 dict(direction='horizontal', prob=1.0, type='RandomFlip'),
             ],
             [
-                dict(type='mmseg_resnest.PackEvalInputs'),
+                dict(type='mmseg_resnest.PackByteLabels'),
             ],
         ],
         type='mmseg_resnest.ImageTestTimeAug'),
@@ -259,7 +259,7 @@ val_dataloader = dict(
                 1024,
             ), type='Resize'),
             dict(type='LoadAnnotations'),
-            dict(type='mmseg_resnest.PackEvalInputs'),
+            dict(type='mmseg_resnest.PackByteLabels'),
         ],
         type='CityscapesDataset'),
     num_workers=8,

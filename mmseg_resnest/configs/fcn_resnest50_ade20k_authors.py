@@ -136,7 +136,7 @@ test_dataloader = dict(
                 520,
             ), type='Resize'),
             dict(type='LoadAnnotations'),
-            dict(type='mmseg_resnest.PackEvalInputs'),
+            dict(type='mmseg_resnest.PackByteLabels'),
         ],
         reduce_zero_label=True,
         type='ADE20KDataset'),
@@ -154,7 +154,7 @@ test_pipeline = [
         520,
     ), type='Resize'),
     dict(type='LoadAnnotations'),
-    dict(type='mmseg_resnest.PackEvalInputs'),
+    dict(type='mmseg_resnest.PackByteLabels'),
 ]
 train_cfg = dict(max_epochs=120, type='EpochBasedTrainLoop', val_interval=10)
 train_dataloader = dict(
@@ -186,7 +186,7 @@ train_dataloader = dict(
                 480,
                 480,
             ), type='mmseg_resnest.RandomCrop'),
-            dict(type='PackSegInputs'),
+            dict(type='mmseg_resnest.PackByteLabels'),
         ],
         reduce_zero_label=True,
         type='ADE20KDataset'),
@@ -217,7 +217,7 @@ train_pipeline = [
         480,
         480,
     ), type='mmseg_resnest.RandomCrop'),
-    dict(type='PackSegInputs'),
+    dict(type='mmseg_resnest.PackByteLabels'),
 ]
 tta_model = dict(type='mmseg_resnest.TTAModel')
 val_cfg = dict(type='ValLoop')
@@ -236,7 +236,7 @@ val_dataloader = dict(
                 520,
             ), type='Resize'),
             dict(type='LoadAnnotations'),
-            dict(type='mmseg_resnest.PackEvalInputs'),
+            dict(type='mmseg_resnest.PackByteLabels'),
         ],
         reduce_zero_label=True,
         type='ADE20KDataset'),

@@ -143,7 +143,7 @@ test_dataloader = dict(
                 1024,
             ), type='Resize'),
             dict(type='LoadAnnotations'),
-            dict(type='mmseg_resnest.PackEvalInputs'),
+            dict(type='mmseg_resnest.PackByteLabels'),
         ],
         type='CityscapesDataset'),
     num_workers=8,
@@ -160,7 +160,7 @@ test_pipeline = [
         1024,
     ), type='Resize'),
     dict(type='LoadAnnotations'),
-    dict(type='mmseg_resnest.PackEvalInputs'),
+    dict(type='mmseg_resnest.PackByteLabels'),
 ]
 train_cfg = dict(max_iters=80000, type='IterBasedTrainLoop', val_interval=8000)
 train_dataloader = dict(
@@ -192,7 +192,7 @@ train_dataloader = dict(
                 type='mmseg_resnest.RandomCrop'),
             dict(prob=0.5, type='RandomFlip'),
             dict(type='mmseg_resnest.PhotoMetricDistortion'),
-            dict(type='PackSegInputs'),
+            dict(type='mmseg_resnest.PackByteLabels'),
         ],
         type='CityscapesDataset'),
     num_workers=8,
@@ -221,7 +221,7 @@ train_pipeline = [
         type='mmseg_resnest.RandomCrop'),
     dict(prob=0.5, type='RandomFlip'),
     dict(type='mmseg_resnest.PhotoMetricDistortion'),
-    dict(type='PackSegInputs'),
+    dict(type='mmseg_resnest.PackByteLabels'),
 ]
 tta_model = dict(type='mmseg_resnest.TTAModel')
 tta_pipeline = [
@@ -242,7 +242,7 @@ tta_pipeline = [
                 dict(direction='horizontal', prob=1.0, type='RandomFlip'),
             ],
             [
-                dict(type='mmseg_resnest.PackEvalInputs'),
+                dict(type='mmseg_resnest.PackByteLabels'),
             ],
         ],
         type='mmseg_resnest.ImageTestTimeAug'),
@@ -262,7 +262,7 @@ val_dataloader = dict(
                 1024,
             ), type='Resize'),
             dict(type='LoadAnnotations'),
-            dict(type='mmseg_resnest.PackEvalInputs'),
+            dict(type='mmseg_resnest.PackByteLabels'),
         ],
         type='CityscapesDataset'),
     num_workers=8,

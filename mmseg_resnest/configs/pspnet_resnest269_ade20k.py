@@ -131,7 +131,7 @@ test_dataloader = dict(
                 512,
             ), type='Resize'),
             dict(type='LoadAnnotations'),
-            dict(type='mmseg_resnest.PackEvalInputs'),
+            dict(type='mmseg_resnest.PackByteLabels'),
         ],
         reduce_zero_label=True,
         type='ADE20KDataset'),
@@ -149,7 +149,7 @@ test_pipeline = [
         512,
     ), type='Resize'),
     dict(type='LoadAnnotations'),
-    dict(type='mmseg_resnest.PackEvalInputs'),
+    dict(type='mmseg_resnest.PackByteLabels'),
 ]
 train_cfg = dict(
     max_iters=160000, type='IterBasedTrainLoop', val_interval=16000)
@@ -182,7 +182,7 @@ train_dataloader = dict(
                 type='mmseg_resnest.RandomCrop'),
             dict(prob=0.5, type='RandomFlip'),
             dict(type='mmseg_resnest.PhotoMetricDistortion'),
-            dict(type='PackSegInputs'),
+            dict(type='mmseg_resnest.PackByteLabels'),
         ],
         reduce_zero_label=True,
         type='ADE20KDataset'),
@@ -212,7 +212,7 @@ train_pipeline = [
         type='mmseg_resnest.RandomCrop'),
     dict(prob=0.5, type='RandomFlip'),
     dict(type='mmseg_resnest.PhotoMetricDistortion'),
-    dict(type='PackSegInputs'),
+    dict(type='mmseg_resnest.PackByteLabels'),
 ]
 tta_model = dict(type='mmseg_resnest.TTAModel')
 tta_pipeline = [
@@ -233,7 +233,7 @@ tta_pipeline = [
                 dict(direction='horizontal', prob=1.0, type='RandomFlip'),
             ],
             [
-                dict(type='mmseg_resnest.PackEvalInputs'),
+                dict(type='mmseg_resnest.PackByteLabels'),
             ],
         ],
         type='mmseg_resnest.ImageTestTimeAug'),
@@ -254,7 +254,7 @@ val_dataloader = dict(
                 512,
             ), type='Resize'),
             dict(type='LoadAnnotations'),
-            dict(type='mmseg_resnest.PackEvalInputs'),
+            dict(type='mmseg_resnest.PackByteLabels'),
         ],
         reduce_zero_label=True,
         type='ADE20KDataset'),

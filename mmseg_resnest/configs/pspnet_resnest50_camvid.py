@@ -275,7 +275,7 @@ test_dataloader = dict(
                 360,
             ), type='Resize'),
             dict(type='LoadAnnotations'),
-            dict(type='mmseg_resnest.PackEvalInputs'),
+            dict(type='mmseg_resnest.PackByteLabels'),
         ],
         seg_map_suffix='.png',
         type='BaseSegDataset'),
@@ -293,7 +293,7 @@ test_pipeline = [
         360,
     ), type='Resize'),
     dict(type='LoadAnnotations'),
-    dict(type='mmseg_resnest.PackEvalInputs'),
+    dict(type='mmseg_resnest.PackByteLabels'),
 ]
 train_cfg = dict(max_iters=1000, type='IterBasedTrainLoop', val_interval=500)
 train_dataloader = dict(
@@ -397,7 +397,7 @@ train_dataloader = dict(
                 type='mmseg_resnest.RandomCrop'),
             dict(prob=0.5, type='RandomFlip'),
             dict(type='mmseg_resnest.PhotoMetricDistortion'),
-            dict(type='PackSegInputs'),
+            dict(type='mmseg_resnest.PackByteLabels'),
         ],
         seg_map_suffix='.png',
         type='BaseSegDataset'),
@@ -427,7 +427,7 @@ train_pipeline = [
         type='mmseg_resnest.RandomCrop'),
     dict(prob=0.5, type='RandomFlip'),
     dict(type='mmseg_resnest.PhotoMetricDistortion'),
-    dict(type='PackSegInputs'),
+    dict(type='mmseg_resnest.PackByteLabels'),
 ]
 tta_model = dict(type='mmseg_resnest.TTAModel')
 val_cfg = dict(type='ValLoop')
@@ -518,7 +518,7 @@ val_dataloader = dict(
                 360,
             ), type='Resize'),
             dict(type='LoadAnnotations'),
-            dict(type='mmseg_resnest.PackEvalInputs'),
+            dict(type='mmseg_resnest.PackByteLabels'),
         ],
         seg_map_suffix='.png',
         type='BaseSegDataset'),
