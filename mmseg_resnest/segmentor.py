@@ -229,7 +229,8 @@ class EncoderDecoder(_EncoderDecoder):
 def _with_int64_labels(samples: SampleList) -> SampleList:
     """Returns samples whose label maps are int64, as torch's losses take them, where PackByteLabels left them uint8."""
     for sample in samples:
-        sample.gt_sem_seg.data = sample.gt_sem_seg.data.long()
+        if 'gt_sem_seg' in sample:  # a head may learn from something else
+            sample.gt_sem_seg.data = sample.gt_sem_seg.data.long()
     return samples
 
 

@@ -210,6 +210,18 @@ def test_a_subclass_that_changes_a_step_takes_the_path_of_mmsegmentation(step, c
     assert f"model: Changed, loss mmsegmentation's own: Changed has a {step} of its own" in caplog.text
 
 
+def test_a_subclass_may_learn_from_something_else_than_labels():
+    class Changed(EncoderDecoder):
+        def _decode_head_forward_train(self, inputs, data_samples):
+            return dict(loss_size=inputs[-1].square().mean() * data_samples[0].weight)
+
+    config = make_config('fcn', dict(type='CrossEntropyLoss'), None)
+    config.pop('type')
+    model = Changed(**config).train()
+    losses = model.loss(torch.randn(2, 3, 64, 96), [SegDataSample(metainfo=dict(weight=w)) for w in (2, 3)])
+    assert losses['loss_size'] > 0
+
+
 def twice(function):
     return lambda *args, **kwargs: function(*args, **kwargs) * 2
 
