@@ -20,7 +20,7 @@ from mmengine.hooks import RuntimeInfoHook as _RuntimeInfoHook
 from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
 from mmseg.models.decode_heads.decode_head import BaseDecodeHead
-from mmseg.models.segmentors import EncoderDecoder as _EncoderDecoder
+from mmseg.models.segmentors import BaseSegmentor
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import nn
@@ -189,7 +189,7 @@ def _check_padding(runner: Runner, heads: Mapping[str, BaseDecodeHead]) -> None:
             paddings[f'pad_val.seg of {where}'] = transform.pad_val.get('seg', 255)
     for key, value in paddings.items():
         for name, head in heads.items():
-            if isinstance(value, int) and value != head.ignore_index and not 0 <= value < _labels_of(head):
+            if isinstance(value, int | float) and value != head.ignore_index and not 0 <= value < _labels_of(head):
                 raise ValueError(
                     f'{key} is {value}, but model.{name} has ignore_index={head.ignore_index} and the classes '
                     f'{expected_labels(_labels_of(head), None)}: padding would be neither. Set both to the same number'
@@ -201,9 +201,9 @@ def _check_label_dtype(runner: Runner) -> None:
     model = _unwrapped(runner.model)
     padding = getattr(model.data_preprocessor, 'seg_pad_val', None)
     reason = ''
-    if isinstance(model, _EncoderDecoder) and not isinstance(model, EncoderDecoder):
+    if isinstance(model, BaseSegmentor) and not isinstance(model, EncoderDecoder):
         reason = f"{type(model).__name__}'s losses need int64; model.type='mmseg_resnest.EncoderDecoder' takes both"
-    elif isinstance(padding, int) and not 0 <= padding <= 255:
+    elif isinstance(padding, int | float) and not 0 <= padding <= 255:
         reason = f'model.data_preprocessor.seg_pad_val={padding} is no uint8'
     if reason and any(isinstance(part, PackByteLabels) for part in _transforms(runner.train_dataloader.dataset)):
         raise ValueError(

@@ -241,9 +241,14 @@ class Bottleneck(nn.Module):
         if self.avd_last is not None:
             out = self.avd_last(out)
         shortcut = x if self.downsample is None else self.downsample(x)
-        # Uncompiled, batch norm would store its input all the same.
-        recompute = self.recompute_conv3 and not self.with_cp and self._is_training() and torch.compiler.is_compiling()
-        return _conv_norm_relu(out, self.conv3, self.bn3, shortcut, recompute)
+        return _conv_norm_relu(out, self.conv3, self.bn3, shortcut, self._recomputes_conv3())
+
+    def _recomputes_conv3(self) -> bool:
+        # Uncompiled, batch norm would store its input all the same; a parametrised convolution may have a state.
+        compiles = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+        if not (self.recompute_conv3 and compiles and type(self.conv3) is nn.Conv2d):
+            return False
+        return self._is_training() and not self.with_cp
 
     def _is_training(self) -> bool:
         return self.training and torch.is_grad_enabled()

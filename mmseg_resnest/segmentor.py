@@ -103,6 +103,12 @@ class EncoderDecoder(_EncoderDecoder):
             return dict(decode=self.decode_head) | {f'aux_{i}': head for i, head in enumerate(self.auxiliary_head)}
         return dict(decode=self.decode_head, aux=self.auxiliary_head)
 
+    def forward(self, inputs: Tensor, data_samples: OptSampleList = None, mode: str = 'tensor') -> dict | list | Tensor:
+        """As mmsegmentation's; a subclass with a loss of its own gets int64 labels, as mmsegmentation has them."""
+        if mode == 'loss' and not keeps(self, EncoderDecoder, 'loss'):
+            widen_labels(data_samples)
+        return super().forward(inputs, data_samples, mode)
+
     def loss(self, inputs: Tensor, data_samples: SampleList) -> dict[str, Tensor]:
         """Returns the losses and accuracies of all heads for images (N, 3, H, W).
 
@@ -110,12 +116,13 @@ class EncoderDecoder(_EncoderDecoder):
         """
         self._choose_paths()
         if 'model' in self._reasons:
-            return super().loss(inputs, _with_int64_labels(data_samples))
+            widen_labels(data_samples)
+            return super().loss(inputs, data_samples)
         outputs = self._run_network(inputs)
         logits = dict(zip(self._fused, outputs, strict=False))
         features = outputs[len(self._fused) :]
         if features:
-            data_samples = _with_int64_labels(data_samples)
+            widen_labels(data_samples)
         losses = {}
         for name, head in self._heads().items():
             if name in logits:
@@ -226,12 +233,11 @@ class EncoderDecoder(_EncoderDecoder):
         )
 
 
-def _with_int64_labels(samples: SampleList) -> SampleList:
-    """Returns samples whose label maps are int64, as torch's losses take them, where PackByteLabels left them uint8."""
+def widen_labels(samples: SampleList) -> None:
+    """Makes the label maps of samples int64, as torch's losses take them, where PackByteLabels has left them uint8."""
     for sample in samples:
         if 'gt_sem_seg' in sample:  # a head may learn from something else
             sample.gt_sem_seg.data = sample.gt_sem_seg.data.long()
-    return samples
 
 
 def keeps(part: nn.Module, owner: type, *methods: str) -> bool:
@@ -264,7 +270,7 @@ def predicts_from_logits(model: _EncoderDecoder) -> bool:
 def why_not_fused(head: nn.Module) -> str:
     """Returns why a head's loss is not what ``fused_loss`` computes; empty if it is."""
     loss = getattr(head, 'loss_decode', None)
-    if not keeps(head, BaseDecodeHead, 'loss', 'loss_by_feat'):
+    if not keeps(head, BaseDecodeHead, 'loss', 'loss_by_feat', '_stack_batch_gt'):
         return f'{type(head).__name__} has a loss of its own'
     if head.sampler is not None:
         return 'a sampler chooses pixels'

@@ -83,7 +83,7 @@ class PackByteLabels(PackSegInputs):
     """mmsegmentation's PackSegInputs, where a label map (H, W) stays uint8: an eighth of the bytes to move.
 
     mmsegmentation makes it int64, which torch's losses need: this project's EncoderDecoder does so on the GPU, where a
-    loss is not fused; another segmentor trains with mmsegmentation's own. The image is the same, taken apart into
+    loss is not fused; for another segmentor take mmsegmentation's own. The image is the same, taken apart into
     channels by OpenCV.
     """
 
@@ -243,7 +243,8 @@ def label_problem(results: dict, classes: int | None, ignore_index: int | None) 
 def out_of_range(label: Labels, classes: int, ignore_index: int | None) -> Labels:
     """Returns the values that are neither in [0, classes) nor ``ignore_index``."""
     wrong = (label >= classes) | (label < 0)
-    if ignore_index is not None:
+    wraps = label.dtype == torch.uint8 and ignore_index is not None and not 0 <= ignore_index <= 255  # -100 to 156
+    if ignore_index is not None and not wraps:
         wrong &= label != ignore_index
     return label[wrong] if wrong.any() else label.flatten()[:0]  # indexing by a mask takes ten times the rest
 

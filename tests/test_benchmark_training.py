@@ -95,7 +95,7 @@ def test_the_batch_is_what_a_loader_gives():
     cfg.train_dataloader.batch_size = 3
     batch = make_batch(cfg, 'cpu')
     assert [image.shape for image in batch['inputs']] == [(3, 64, 96)] * 3
-    assert batch['inputs'][0].dtype == torch.uint8
+    assert {batch['inputs'][0].dtype, batch['data_samples'][0].gt_sem_seg.data.dtype} == {torch.uint8}
     labels = torch.stack([sample.gt_sem_seg.data for sample in batch['data_samples']])
     assert labels.shape == (3, 1, 64, 96)
     assert (labels.min(), labels.max()) == (0, 149)

@@ -414,15 +414,19 @@ def test_padding_that_is_no_class_and_not_ignored_is_refused(extra, key, data, t
     ('options', 'reason'),
     [
         (['type=mmseg.EncoderDecoder'], "EncoderDecoder's losses need int64; model.type='mmseg_resnest.E"),
-        (
-            [f'{part}=-100' for part in ('data_preprocessor.seg_pad_val', 'decode_head.ignore_index')],
-            r'model\.data_preprocessor\.seg_pad_val=-100 is no uint8',
+        *(
+            (
+                [f'{part}={number}' for part in ('data_preprocessor.seg_pad_val', 'decode_head.ignore_index')],
+                rf'model\.data_preprocessor\.seg_pad_val={number} is no uint8',
+            )
+            for number in (-100, 256)
         ),
     ],
 )
 def test_labels_of_one_byte_are_refused_where_they_do_not_do(options, reason, data, tmp_path):
     def edit(cfg):
         cfg.model.pop('auxiliary_head')
+        cfg.train_dataloader.dataset = dict(type='RepeatDataset', times=2, dataset=cfg.train_dataloader.dataset)
 
     message = rf"^train_dataloader\.dataset\.pipeline: mmseg_resnest\.PackByteLabels .* but {reason}.*'PackSegInputs'"
     with pytest.raises(ValueError, match=message):

@@ -147,6 +147,13 @@ def test_labels_of_each_dtype(dtype):
         process(torch.tensor([[0, 4, 254, 255]], dtype=dtype), torch.tensor([[0, 3, 1, 2]]))
 
 
+@pytest.mark.parametrize(('ignored', 'label'), [(-100, 156), (300, 44)])
+def test_a_label_that_the_ignored_one_wraps_to_is_refused(ignored, label):
+    labels = torch.tensor([[0, 1, 2, label]], dtype=torch.uint8)
+    with pytest.raises(ValueError, match=rf'values {label} at 1 pixel'):
+        process(labels, torch.tensor([[0, 1, 2, 3]]), ignore_index=ignored)
+
+
 def test_a_label_of_another_size_is_refused():
     with pytest.raises(ValueError) as error:
         process(torch.zeros(3, 4, dtype=torch.int64), torch.zeros(4, 3, dtype=torch.int64))

@@ -674,6 +674,7 @@ def test_checkpointing_a_compiled_block():
     x = torch.randn(2, 64, 24, 24, dtype=torch.float64)
     states, sizes = [], []
     for with_cp, recompute_conv3, compiles in (
+        (False, False, False),
         (False, True, False),
         (False, False, True),
         (False, True, True),
@@ -690,9 +691,25 @@ def test_checkpointing_a_compiled_block():
         for state in states[1:]:
             error = (state[name].double() - value.double()).norm()
             assert error <= 1e-8 * value.double().norm() + 1e-12, name
-    _, everything, without_conv3, inputs = sizes
+    eager, eager_too, everything, without_conv3, inputs = sizes
+    assert eager_too == eager
     assert everything - without_conv3 == 2 * 256 * 24 * 24
     assert inputs < 0.5 * without_conv3
+
+
+def test_what_is_not_recomputed():
+    """A convolution with a state of its own would change it twice; an exported graph has no backward pass."""
+    block = ResNeSt(14).layer1[0].double().train()
+    x = torch.randn(2, 64, 8, 8, dtype=torch.float64)
+    assert torch.export.export(copy.deepcopy(block), (x,), strict=True).module()(x).shape == (2, 256, 8, 8)
+    nn.utils.parametrizations.spectral_norm(block.conv3)
+    vectors = []
+    for recompute_conv3 in (False, True):
+        copied = copy.deepcopy(block)
+        copied.recompute_conv3 = recompute_conv3
+        torch.compile(copied, backend='aot_eager_decomp_partition')(x).square().mean().backward()
+        vectors.append(copied.conv3.parametrizations.weight[0]._u)
+    assert torch.equal(*vectors)
 
 
 def test_copies_compute_the_same():

@@ -10,6 +10,7 @@ from mmengine.logging import MMLogger
 from mmengine.runner.activation_checkpointing import turn_on_activation_checkpointing
 from mmengine.structures import PixelData
 from mmseg.models.backbones import ResNet
+from mmseg.models.decode_heads import FCNHead
 from mmseg.models.losses import DiceLoss
 from mmseg.models.segmentors import CascadeEncoderDecoder
 from mmseg.registry import MODELS
@@ -220,6 +221,35 @@ def test_a_subclass_may_learn_from_something_else_than_labels():
     model = Changed(**config).train()
     losses = model.loss(torch.randn(2, 3, 64, 96), [SegDataSample(metainfo=dict(weight=w)) for w in (2, 3)])
     assert losses['loss_size'] > 0
+
+
+class Relabels(FCNHead):
+    """Numbers that one byte does not hold: 255 * 2, and -100."""
+
+    def _stack_batch_gt(self, batch_data_samples):
+        labels = super()._stack_batch_gt(batch_data_samples) * 2
+        return torch.where(labels == 510, self.ignore_index, labels // 2)
+
+
+def test_a_head_that_stacks_labels_by_itself_gets_them_as_mmsegmentation_has_them(monkeypatch):
+    monkeypatch.setitem(MODELS.module_dict, 'Relabels', Relabels)
+    config = make_config('fcn', dict(type='CrossEntropyLoss'), None)
+    config['decode_head'].update(type='Relabels', ignore_index=-100)
+    assert_same(config)
+
+
+def test_a_subclass_with_a_loss_of_its_own_gets_labels_as_mmsegmentation_has_them():
+    class Changed(EncoderDecoder):
+        def loss(self, inputs, data_samples):
+            return self._decode_head_forward_train(self.extract_feat(inputs), data_samples)
+
+    config = make_config('fcn', dict(type='CrossEntropyLoss'), None)
+    theirs, _ = make_pair(config)
+    config.pop('type')
+    ours = Changed(**config).train()
+    ours.load_state_dict(theirs.state_dict())
+    losses = [model(*make_batch(dtype), mode='loss') for model, dtype in ((theirs, torch.int64), (ours, torch.uint8))]
+    assert losses[1] == losses[0]
 
 
 def twice(function):

@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from mmseg_resnest.benchmark.alone import fields, hand_over
 from mmseg_resnest.benchmark.peers import mmseg_config, smp_model
 from mmseg_resnest.resnest import SplitAttentionConv2d
+from mmseg_resnest.segmentor import widen_labels
 from mmseg_resnest.training_pass import held_by_graphs
 
 OURS = ('ours', 'ours-eager')
@@ -113,6 +114,8 @@ def prepare(spec: Spec) -> tuple[Callable[[], object], int, float]:
     cfg = Config.fromfile(spec.config)
     cfg.merge_from_dict(spec.options or {})
     batch = make_batch(cfg, _device())
+    if not spec.side.startswith('ours'):
+        widen_labels(batch['data_samples'])
     build = dict(smp=_smp_step).get(spec.side, _segmentor_step)
     step = build(spec.side, cfg.copy(), batch)
     images = len(batch['inputs'])
@@ -122,14 +125,14 @@ def prepare(spec: Spec) -> tuple[Callable[[], object], int, float]:
 
 
 def make_batch(cfg: Config, device: str) -> dict:
-    """Returns a batch as a data loader gives it: uint8 images and labels of the config's crop and batch size."""
+    """Returns a batch as our loaders give it: uint8 images and labels of the config's crop and batch size."""
     height, width = cfg.model.data_preprocessor.size
     classes = cfg.model.decode_head.num_classes
     generator = torch.Generator().manual_seed(0)
     inputs, samples = [], []
     for _ in range(cfg.train_dataloader.batch_size):
         inputs.append(torch.randint(256, (3, height, width), generator=generator, dtype=torch.uint8).to(device))
-        label = torch.randint(classes, (1, height, width), generator=generator).to(device)
+        label = torch.randint(classes, (1, height, width), generator=generator, dtype=torch.uint8).to(device)
         samples.append(SegDataSample(gt_sem_seg=PixelData(data=label), metainfo=dict(img_shape=(height, width))))
     return dict(inputs=inputs, data_samples=samples)
 

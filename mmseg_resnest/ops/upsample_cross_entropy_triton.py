@@ -7,7 +7,7 @@ exponential, and its share of two accumulators. The exponential is of the differ
 far, and the sum is rescaled where a new one is higher: what is certain is exactly 1, as torch's. Nothing is reduced
 across threads, and there are no atomics: the result is deterministic.
 
-    1. softmax_kernel: a row's pixels -> highest logit and log-sum-exp (stored: two numbers a pixel) and the sums.
+    1. softmax_kernel: a row's pixels -> highest logit, log-sum-exp and target (stored), and the sums.
     2. gradient_kernel: -> each group's share of the gradients of its two columns of logits.
     3. torch adds the shares of a column's groups.
 """
