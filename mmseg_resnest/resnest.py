@@ -246,9 +246,8 @@ class Bottleneck(nn.Module):
     def _recomputes_conv3(self) -> bool:
         # Uncompiled, batch norm would store its input all the same; a parametrised convolution may have a state.
         compiles = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
-        if not (self.recompute_conv3 and compiles and type(self.conv3) is nn.Conv2d):
-            return False
-        return self._is_training() and not self.with_cp
+        chosen = self.recompute_conv3 and not self.with_cp and type(self.conv3) is nn.Conv2d
+        return chosen and compiles and self._is_training()
 
     def _is_training(self) -> bool:
         return self.training and torch.is_grad_enabled()

@@ -243,8 +243,9 @@ def label_problem(results: dict, classes: int | None, ignore_index: int | None) 
 def out_of_range(label: Labels, classes: int, ignore_index: int | None) -> Labels:
     """Returns the values that are neither in [0, classes) nor ``ignore_index``."""
     wrong = (label >= classes) | (label < 0)
-    wraps = label.dtype == torch.uint8 and ignore_index is not None and not 0 <= ignore_index <= 255  # -100 to 156
-    if ignore_index is not None and not wraps:
+    if label.dtype == torch.uint8 and ignore_index not in range(256):
+        ignore_index = None  # torch would ignore what it wraps to: 156 for -100
+    if ignore_index is not None:
         wrong &= label != ignore_index
     return label[wrong] if wrong.any() else label.flatten()[:0]  # indexing by a mask takes ten times the rest
 
