@@ -245,7 +245,8 @@ class Bottleneck(nn.Module):
 
     def _recomputes_conv3(self) -> bool:
         # Uncompiled, batch norm would store its input all the same; a parametrised convolution may have a state.
-        compiles = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+        # torch.compiler.is_exporting() returns this flag, but is true in all that torch 2.11 compiles.
+        compiles = torch.compiler.is_compiling() and not torch.compiler._is_exporting_flag
         chosen = self.recompute_conv3 and not self.with_cp and type(self.conv3) is nn.Conv2d
         return chosen and compiles and self._is_training()
 

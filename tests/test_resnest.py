@@ -668,10 +668,12 @@ def test_checkpointing_stores_less():
     assert stored(ResNeSt(14, with_cp=True), images) < 0.5 * stored(ResNeSt(14), images)
 
 
-def test_checkpointing_a_compiled_block():
+# On the GPU's machine too, whose torch may be another one than the tested set's.
+@pytest.mark.parametrize('device', ['cpu', pytest.param('cuda', marks=pytest.mark.gpu)])
+def test_checkpointing_a_compiled_block(device):
     """What a GPU does by default: the same gradients, statistics that count the batch once, and less is stored."""
-    block = ResNeSt(14).layer1[0].double().train()
-    x = torch.randn(2, 64, 24, 24, dtype=torch.float64)
+    block = ResNeSt(14).layer1[0].to(device, torch.float64).train()
+    x = torch.randn(2, 64, 24, 24, dtype=torch.float64, device=device)
     states, sizes = [], []
     for with_cp, recompute_conv3, compiles in (
         (False, False, False),
